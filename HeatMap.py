@@ -1,0 +1,295 @@
+"""See where the network looked: Grad-CAM or HiResCAM over a whole video, from a checkpoint and the video alone.
+
+    python HeatMap.py --video clip.mp4 --method hirescam                      # clip_hirescam.webm and .png
+    python HeatMap.py --video clip.mp4 --method gradcam --layer features.13 --target-class squat --output why.mp4
+
+After global pooling and one linear layer the gradient at the last layer is the same at every place, so there Grad-CAM
+and HiResCAM are equal by algebra. They differ at earlier layers: try features.13 (pretrained_resnet: features.layer3).
+"""
+
+import argparse
+import os
+import sys
+from collections import deque
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from Dataset import UserError, VideoReader, cover, normalize, open_writer, resize
+from SparseModel import build_model
+
+METHODS = ("gradcam", "hirescam")
+CODECS = {".webm": "VP80", ".mp4": "mp4v"}  # VP8 plays in browsers; mp4v writes 12 times faster but does not
+FONT = cv2.FONT_HERSHEY_SIMPLEX
+
+
+# ----------------------------------------------------------------------------------------------------- explanation
+
+
+def load_checkpoint(path):
+    """(model in eval mode, checkpoint dict as Trainer.py saved it). UserError if the file is something else."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"there is no checkpoint {path}") from error
+    except Exception as error:  # torch.load raises many types on a file that is not its own
+        raise UserError(f"{path} can't be read as a checkpoint: it is damaged or not made by Trainer.py") from error
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != 1:
+        raise UserError(f"{path} is not a checkpoint of this version of Trainer.py: train again to make one")
+    try:
+        model = build_model(checkpoint["model_name"], **checkpoint["model_args"])
+        model.load_state_dict(checkpoint["model"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} does not fit this version of SparseModel.py: {str(error).splitlines()[0]}") from error
+    return model.eval().requires_grad_(False), checkpoint
+
+
+def explain(model, clips, layer, target, method):
+    """Signed class activation maps of one stage of the network, not rectified and not normalised.
+
+    Grad-CAM (Selvaraju et al., 2017, arXiv:1610.02391): sum_c mean_{t,h,w}(dy/dA_c) * A_c.
+    HiResCAM (Draelos and Carin, 2020, arXiv:2011.08891): sum_c dy/dA_c * A_c, element by element.
+    y is the logit of the target class, A the output of the stage. No hooks: the stages up to `layer` run without a
+    graph, the rest with one, and the gradient is asked for at A alone. The model is left as it was found.
+
+    Args:
+        clips: float32 (B, 3, T, H, W), normalised. layer: a name in model.features, such as "18" or "layer4".
+        target: class index. method: "gradcam" or "hirescam".
+    Returns maps (B, T', H', W') at the stage's own resolution and logits (B, num_classes), float32.
+    """
+    names = [name for name, _ in model.features.named_children()]
+    cut = names.index(layer) + 1
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.inference_mode(False):
+            with torch.no_grad():
+                activations = model.features[:cut](clips)
+            with torch.enable_grad():
+                activations.requires_grad_()
+                logits = model.head(model.features[cut:](activations))
+                (gradients,) = torch.autograd.grad(logits[:, target].sum(), activations)
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+    if method == "gradcam":
+        gradients = gradients.mean(dim=(2, 3, 4), keepdim=True)
+    return (gradients * activations.detach()).sum(dim=1), logits.detach()
+
+
+def read_windows(path, size, clip_len, clip_fps, stride):
+    """Yield (number of the first frame, clip uint8 (T, C, H, W), frames that are real) over the whole video.
+
+    Frames lie on the grid of `clip_fps` and are prepared as in validation. Windows start every `stride` frames; the last
+    one ends with the video. A video shorter than a clip is looped, as in training.
+    """
+    video, buffer, count, emitted = VideoReader(path, threads=os.cpu_count()), deque(maxlen=clip_len), 0, 0
+    while video.grab():
+        if video.time < count / clip_fps - 0.001:
+            continue
+        frame = torch.from_numpy(cv2.cvtColor(video.frame(), cv2.COLOR_BGR2RGB)).permute(2, 0, 1)
+        frame = v2.functional.center_crop(resize(frame[None], size), [size[1], size[0]])[0]
+        while video.time >= count / clip_fps - 0.001:
+            buffer.append(frame)
+            count += 1
+            if count >= clip_len and (count - clip_len) % stride == 0:
+                yield count - clip_len, torch.stack(list(buffer)), clip_len
+                emitted = count
+    if not count:
+        raise UserError(f"{path} holds no frame that can be decoded")
+    if emitted < count:
+        real = len(buffer)
+        clip = torch.stack([buffer[i % real] for i in range(clip_len)])
+        yield max(0, count - clip_len), clip, real
+
+
+def explain_video(model, checkpoint, path, layer, target, method, device, batch_size=4):
+    """Explain a video of any length by overlapping windows.
+
+    Returns (heat, probabilities, target): heat float32 (N, H', W') >= 0 for the frames of the grid at `clip_fps`, the
+    windows averaged with a weight that falls towards their ends; probabilities (num_classes,), the mean over the
+    windows; target, the class that was explained (`target`, or where that is None the most probable one).
+    """
+    T, fps = checkpoint["clip_len"], checkpoint["clip_fps"]
+
+    def batches(title):
+        batch = []
+        for window in tqdm(read_windows(path, checkpoint["size"], T, fps, max(1, T // 2)), title, unit="window"):
+            batch.append(window)
+            if len(batch) == batch_size:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
+    def to_network(batch):
+        return normalize(torch.stack([clip for _, clip, _ in batch]).to(device), checkpoint["mean"], checkpoint["std"])
+
+    if target is None:  # the class to explain is only known after the whole video was seen
+        with torch.no_grad():
+            logits = torch.cat([model(to_network(batch)) for batch in batches("predict")])
+        target = int(logits.softmax(1).mean(0).argmax())
+
+    logits, heat, weight = [], [], []
+    taper = 1.0 - (torch.arange(T) - (T - 1) / 2).abs() / (T / 2 + 0.5)
+    for batch in batches(method):
+        maps, batch_logits = explain(model, to_network(batch), layer, target, method)
+        logits.append(batch_logits.cpu())
+        maps = maps.relu()[:, None]  # (B, 1, T', H', W'); time to T frames here, space when a frame is drawn
+        maps = torch.nn.functional.interpolate(maps, (T, *maps.shape[-2:]), mode="trilinear", align_corners=False)
+        for (start, _, real), clip_map in zip(batch, maps[:, 0].cpu(), strict=True):
+            for i in range(real):
+                if start + i == len(heat):
+                    heat.append(torch.zeros(clip_map.shape[1:]))
+                    weight.append(0.0)
+                heat[start + i] += taper[i] * clip_map[i]
+                weight[start + i] += float(taper[i])
+    heat = torch.stack(heat) / torch.tensor(weight)[:, None, None]
+    return heat.numpy(), torch.cat(logits).softmax(1).mean(0).numpy(), target
+
+
+# --------------------------------------------------------------------------------------------------------- picture
+
+
+def seen_box(height, width, size):
+    """(x0, y0, x1, y1) in pixels of the source frame: the part that validation's resize and crop leave to the network."""
+    W, H = size
+    h, w = cover(height, width, size)
+    x, y = (w - W) / 2 * width / w, (h - H) / 2 * height / h
+    return round(x), round(y), round(width - x), round(height - y)
+
+
+def overlay(frame, heat, box, alpha):
+    """Blend heat in 0..1 (h, w) into the box of a BGR frame; where there is no heat the frame keeps its brightness."""
+    x0, y0, x1, y1 = box
+    heat = cv2.resize(heat, (x1 - x0, y1 - y0), interpolation=cv2.INTER_LINEAR)
+    colour = cv2.applyColorMap((255 * heat).astype(np.uint8), cv2.COLORMAP_JET)  # BGR, red is the hottest
+    opacity = (alpha * np.minimum(1, 2 * heat))[..., None]
+    out = frame.copy()
+    out[y0:y1, x0:x1] = (1 - opacity) * frame[y0:y1, x0:x1] + opacity * colour
+    return out
+
+
+def write_lines(frame, lines):
+    """Text in the top left corner on a darkened bar, sized to the frame."""
+    height, width = frame.shape[:2]
+    longest = max(cv2.getTextSize(line, FONT, 1.0, 1)[0][0] for line in lines)
+    scale = min(height / 640, 0.95 * width / longest, 1.2)
+    step, thick = int(32 * scale) + 2, max(1, round(1.6 * scale))
+    bar = frame[: step * len(lines) + step // 3]
+    bar[:] = bar // 3
+    for i, line in enumerate(lines):
+        origin = (step // 4, step * (i + 1) - step // 5)
+        cv2.putText(frame, line, origin, FONT, scale, (255, 255, 255), thick, cv2.LINE_AA)
+    return frame
+
+
+def render(path, output, heat, fps, size, lines, alpha, side_by_side):
+    """Write the overlay video at the source's size and rate, and a film strip of eight moments beside it as PNG."""
+    video, peak = VideoReader(path, threads=os.cpu_count()), heat.max()
+    heat = heat / peak if peak > 0 else heat  # one scale for the whole video
+    part = output.with_name(f"{output.stem}.part{output.suffix}")  # the extension chooses the container
+    moments, columns, writer = list((np.arange(8) + 0.5) / 8 * len(heat) / fps), [], None
+    bar = tqdm(desc="write", total=int(len(heat) / fps * video.fps), unit="frame")
+    try:
+        while video.grab():
+            frame = video.frame()
+            at = min(video.time * fps, len(heat) - 1)
+            low, high = int(at), min(int(at) + 1, len(heat) - 1)
+            now = (1 - at % 1) * heat[low] + (at % 1) * heat[high]
+            shown = write_lines(overlay(frame, now, seen_box(*frame.shape[:2], size), alpha), lines)
+            picture = np.hstack([frame, shown]) if side_by_side else shown
+            picture = cv2.copyMakeBorder(picture, 0, picture.shape[0] % 2, 0, picture.shape[1] % 2, cv2.BORDER_REPLICATE)
+            if writer is None:
+                writer = open_writer(part, CODECS[output.suffix], video.fps, picture.shape[1::-1])
+                shape = picture.shape
+            if picture.shape != shape:  # OpenCV would drop it without a word
+                raise UserError(f"{path} changes its frame size at {video.time:.1f} s")
+            writer.write(picture)
+            while len(columns) < 8 and (video.time >= moments[len(columns)]):
+                columns.append(cv2.resize(np.vstack([frame, shown]), None, fx=(s := 240 / frame.shape[0]), fy=s))
+            bar.update()
+        columns += columns[-1:] * (8 - len(columns)) if columns else [np.vstack([frame, shown])]
+        writer.release()
+        os.replace(part, output)
+        if not cv2.imwrite(str(output.with_suffix(".png")), np.hstack(columns)):
+            raise UserError(f"{output.with_suffix('.png')} can't be written")
+    finally:
+        bar.close()
+        part.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ main
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--video", type=Path, required=True, help="video to explain")
+    parser.add_argument("--method", choices=METHODS, default="hirescam", help="(default: %(default)s)")
+    parser.add_argument("--checkpoint", type=Path, help="made by Trainer.py (default: the newest in checkpoints/)")
+    parser.add_argument("--target-class", help="name or index of the class to explain (default: the predicted one)")
+    parser.add_argument("--layer", help="stage whose map is shown (default: the last one before the classifier)")
+    parser.add_argument("--output", type=Path, help=".webm (VP8, plays in browsers) or .mp4 (mp4v, 12 times faster to "
+                        "write, plays in desktop players) (default: <video>_<method>.webm)")  # fmt: skip
+    parser.add_argument("--alpha", type=float, default=0.6, help="opacity of the heat, 0 to 1 (default: %(default)s)")
+    parser.add_argument("--side-by-side", choices=("True", "False"), default="True", help="(default: %(default)s)")
+    parser.add_argument("--device", help="cuda, mps or cpu (default: cuda if it is there, else cpu)")
+    return parser.parse_args(argv)
+
+
+def choose(name, names, what):
+    """Index of `name` in `names`, which may be given as a number; UserError with the valid ones."""
+    if name in names:
+        return names.index(name)
+    if name.isdigit() and int(name) < len(names):
+        return int(name)
+    raise UserError(f"there is no {what} {name!r}: choose one of {', '.join(names)}")
+
+
+def main(args):
+    if args.checkpoint is None:
+        found = sorted(Path("checkpoints").glob("*.pt"), key=lambda p: p.stat().st_mtime)
+        if not found:
+            raise UserError("there is no checkpoint in checkpoints/: make one with python Trainer.py --debug False")
+        args.checkpoint = found[-1]
+    output = args.output or Path(f"{args.video.stem}_{args.method}.webm")
+    if output.suffix not in CODECS:
+        raise UserError(f"{output} ends in {output.suffix or 'nothing'}: the output is .webm or .mp4")
+    if not output.resolve().parent.is_dir():
+        raise UserError(f"the folder {output.parent} for the output does not exist")
+    VideoReader(args.video)  # a wrong path is said before the network is loaded
+    model, checkpoint = load_checkpoint(args.checkpoint)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    layers = [f"features.{name}" for name, _ in model.features.named_children()]
+    layer = layers[choose(args.layer, layers, "layer")] if args.layer else layers[-1]
+    classes = checkpoint["classes"]
+    target = choose(args.target_class, classes, "class") if args.target_class else None
+
+    heat, probabilities, target = explain_video(
+        model.to(device), checkpoint, args.video, layer.split(".")[1], target, args.method, device
+    )
+    top = probabilities.argsort()[::-1][:3]
+    lines = [f"{classes[i]} {probabilities[i]:.0%}" for i in top]
+    print(f"{args.video}: {', '.join(lines)} (mean over the whole video)")
+    print(f"{args.method} of {classes[target]!r} at {layer}, {heat.shape[2]}x{heat.shape[1]} cells (WxH), "
+          f"largest value {heat.max():.3g}")  # fmt: skip
+    if not heat.max() > 0:
+        print(f"There is no positive evidence for {classes[target]!r} at this layer, so the map is blank.")
+    lines.append(f"{args.method}: {classes[target]}")
+    render(args.video, output, heat, checkpoint["clip_fps"], checkpoint["size"], lines, args.alpha,
+           args.side_by_side == "True")  # fmt: skip
+    print(f"written      {output} and {output.with_suffix('.png')} (eight moments)")
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except UserError as error:
+        print(f"HeatMap.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

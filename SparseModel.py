@@ -1,0 +1,173 @@
+"""The networks: a mobile 3D CNN (MobileNetV2 with time as a third axis) and torchvision's r3d_18.
+
+    model = build_model("mobilenet_v2_3d", num_classes=17)
+    logits = model(clip)        # clip (B, 3, T, H, W) float32, normalised -> logits (B, 17), no softmax
+
+Both are a sequence of named stages, `model.features`, then global average pooling and one linear layer, so whoever
+wants the map at a stage (HeatMap.py) can run the stages up to it and go on from there. Axis order: (B, C, T, H, W).
+"""
+
+import socket
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.models.video import R3D_18_Weights, r3d_18
+
+MODELS = ("mobilenet_v2_3d", "pretrained_resnet")
+MODES = ("standard", "high_temporal")
+
+# The seed document spells it `interverted_residual_setting`.
+inverted_residual_setting = [
+    # t (expansion), c (channels), n (blocks), stride (T, H, W) of the first block
+    (1, 16, 1, (1, 1, 1)),
+    (6, 24, 2, (2, 2, 2)),
+    (6, 32, 3, (2, 2, 2)),
+    (6, 64, 4, (2, 2, 2)),
+    (6, 96, 3, (1, 1, 1)),
+    (6, 160, 3, (2, 2, 2)),
+    (6, 320, 1, (1, 1, 1)),
+]
+
+
+def scale_channels(channels, width_mult):
+    """MobileNetV2's rule: the nearest multiple of 8, but never more than 10 % below the exact width."""
+    scaled = max(8, int(channels * width_mult + 4) // 8 * 8)
+    return scaled + 8 if scaled < 0.9 * channels * width_mult else scaled
+
+
+class ConvBNReLU6(nn.Sequential):
+    def __init__(self, c_in, c_out, kernel=1, stride=1, groups=1):
+        super().__init__(
+            nn.Conv3d(c_in, c_out, kernel, stride, padding=kernel // 2, groups=groups, bias=False),
+            nn.BatchNorm3d(c_out),
+            nn.ReLU6(inplace=True),
+        )
+
+
+class InvertedResidual3d(nn.Module):
+    """Expand 1x1x1 -> depthwise 3x3x3 -> project 1x1x1 without activation (the linear bottleneck)."""
+
+    def __init__(self, c_in, c_out, stride, expansion):
+        super().__init__()
+        hidden = c_in * expansion
+        self.use_res_connect = stride == (1, 1, 1) and c_in == c_out
+        self.conv = nn.Sequential(
+            *([ConvBNReLU6(c_in, hidden)] if expansion != 1 else []),  # pw
+            ConvBNReLU6(hidden, hidden, kernel=3, stride=stride, groups=hidden),  # dw
+            nn.Conv3d(hidden, c_out, 1, bias=False),  # pw-linear
+            nn.BatchNorm3d(c_out),
+        )
+
+    def forward(self, x):
+        return x + self.conv(x) if self.use_res_connect else self.conv(x)
+
+
+class VideoClassifier(nn.Module):
+    """`features` (named stages) -> global average pooling over (T, H, W) -> `classifier` (dropout, one linear layer)."""
+
+    def __init__(self, features, channels, num_classes, dropout):
+        super().__init__()
+        self.features = features
+        self.pool = nn.AdaptiveAvgPool3d(1)
+        self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(channels, num_classes))
+        nn.init.normal_(self.classifier[1].weight, 0, 0.01)  # so that the loss starts at ln(num_classes)
+        nn.init.zeros_(self.classifier[1].bias)
+
+    def head(self, x):
+        """Map of the last stage (B, C, T', H', W') -> logits (B, num_classes)."""
+        return self.classifier(self.pool(x).flatten(1))
+
+    def forward(self, clip):
+        """Clip (B, 3, T, H, W) float, normalised, any T >= 1, H and W >= 32 -> logits (B, num_classes)."""
+        if clip.ndim != 5 or clip.shape[1] != 3:
+            raise ValueError(f"the network takes clips of shape (B, 3, T, H, W), not {tuple(clip.shape)}")
+        # Depthwise 3D convolutions on the CPU are 2 to 5 times faster with the channels innermost in memory.
+        return self.head(self.features(clip.contiguous(memory_format=torch.channels_last_3d)))
+
+
+class SparseModel(VideoClassifier):
+    """MobileNetV2 (Sandler et al., 2018, arXiv:1801.04381) inflated to 3D: 2,375,825 parameters for 17 classes.
+
+    Args:
+        num_classes: number of logits.
+        width_mult: factor on all channel counts, > 0, rounded to multiples of 8.
+        mode: "standard" halves time together with space (16 frames in, 1 frame of features out);
+            "high_temporal" halves space only (16 out), with the same layers and parameters.
+        dropout: probability in front of the linear layer.
+    Raises ValueError for an unknown mode or a width that is not positive.
+    """
+
+    def __init__(self, num_classes=17, width_mult=1.0, mode="standard", dropout=0.2):
+        if mode not in MODES:
+            raise ValueError(f"unknown mode {mode!r}: choose {' or '.join(MODES)}")
+        if not width_mult > 0:
+            raise ValueError(f"width_mult must be positive, not {width_mult}")
+        channels = scale_channels(32, width_mult)
+        stages = [ConvBNReLU6(3, channels, kernel=3, stride=(1, 2, 2))]  # stem
+        for t, c, n, stride in inverted_residual_setting:
+            c_out = scale_channels(c, width_mult)
+            if mode == "high_temporal":
+                stride = (1, *stride[1:])
+            for i in range(n):
+                stages.append(InvertedResidual3d(channels, c_out, stride if i == 0 else (1, 1, 1), expansion=t))
+                channels = c_out
+        last = scale_channels(1280, max(1.0, width_mult))
+        stages.append(ConvBNReLU6(channels, last))
+        super().__init__(nn.Sequential(*stages), last, num_classes, dropout)
+        for m in self.features.modules():  # the initialisation of the MobileNetV2 reference in torchvision
+            if isinstance(m, nn.Conv3d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out")
+        self.to(memory_format=torch.channels_last_3d)
+
+
+def build_model(name, num_classes, mode="standard", width_mult=1.0):
+    """The network called `name` with random weights; `load_weights` fills in trained ones.
+
+    "mobilenet_v2_3d" is SparseModel, "pretrained_resnet" is torchvision's r3d_18 (Tran et al., 2018, arXiv:1711.11248;
+    mode and width_mult do not apply to it). Raises ValueError for another name.
+    """
+    if name == "mobilenet_v2_3d":
+        return SparseModel(num_classes, width_mult, mode)
+    if name == "pretrained_resnet":
+        net = r3d_18()
+        stages = OrderedDict((s, getattr(net, s)) for s in ("stem", "layer1", "layer2", "layer3", "layer4"))
+        model = VideoClassifier(nn.Sequential(stages), net.fc.in_features, num_classes, dropout=0.2)
+        return model.to(memory_format=torch.channels_last_3d)
+    raise ValueError(f"unknown model {name!r}: choose {' or '.join(MODELS)}")
+
+
+def kinetics_file():
+    """Where torchvision looks for the Kinetics-400 weights of r3d_18 before it asks the network."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(R3D_18_Weights.KINETICS400_V1.url).name
+
+
+def load_weights(model, name, weights):
+    """Fill the stages of `model` in place; the new linear layer stays as it is.
+
+    Args:
+        weights: "none"; "kinetics" (pretrained_resnet only); "auto", that is kinetics where it can be had;
+            or the path of a state dict of torchvision's r3d_18 or of a checkpoint of Trainer.py.
+    Returns what was loaded: "none", "kinetics" or the path, as text.
+    Raises OSError if the Kinetics weights or the file can't be had, ValueError if they don't fit this network.
+    """
+    if weights == "none" or (weights == "auto" and name != "pretrained_resnet"):
+        return "none"
+    if weights in ("auto", "kinetics"):
+        if name != "pretrained_resnet":
+            raise ValueError(f"there are no Kinetics weights for {name}: use --weights none")
+        socket.setdefaulttimeout(30)  # seconds; torch.hub sets none and would wait on a dead network for minutes
+        state = R3D_18_Weights.KINETICS400_V1.get_state_dict(progress=True, check_hash=True, weights_only=True)
+        weights = "kinetics"
+    else:
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+        state = state.get("model", state)
+    heads = ("fc.", "classifier.")
+    stages = {k.removeprefix("features."): v for k, v in state.items() if not k.startswith(heads)}
+    try:
+        model.features.load_state_dict(stages)
+    except RuntimeError as error:
+        raise ValueError(f"the weights {weights} do not fit {name}: {str(error).splitlines()[1].strip()}") from error
+    return str(weights)
