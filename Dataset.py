@@ -1,19 +1,21 @@
 """Videos to batches: decode -> sample by time -> transform the whole clip -> batch; and the demo data set.
 
-    data = ExerciseVideoDataModule("my_videos", size=(300, 400))     # my_videos/<class>/*.mp4; None: the demo
+    data = ExerciseVideoDataModule("my_videos", size=(300, 400))     # my_videos/<class>/*.mp4
     data.setup()
     for clips, labels in data.train_dataloader():                    # uint8 (B, T, C, H, W), int64 (B,)
-        logits = model(normalize(clips.to(device), data.mean, data.std))
+        logits = model(normalize(clips.to(device), mean, std))
 
-Clips stay uint8 in RGB, axis order (T, C, H, W), until they are on the device that trains: a quarter of the bytes in
-every copy, and the seed's float conversion first made the augmentation 3.5 times slower. Sizes are (W, H), as in 300x400.
+Clips stay uint8, RGB, (T, C, H, W), until they are on the device that trains: a quarter of the bytes in every copy, and
+converting to float first made the augmentation 3.5 times slower. Sizes are (W, H) in pixels, as in 300x400.
 """
 
+import mmap
 import os
 import random
 import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,7 +103,7 @@ def probe(path):
 
 
 def read_frames(path, times):
-    """The frames at `times` (ascending, seconds): for each the first one that starts then or later -> uint8 (T, C, H, W).
+    """For each of `times` (ascending, seconds) the first frame that starts then or later -> uint8 (T, C, H, W).
 
     RGB, at the file's own size. The memory is that of stacked images (channels innermost), which is what v2.Resize
     works fastest on. Raises UserError if the file ends more than half a second before the last of the times.
@@ -153,28 +155,24 @@ def resize(frames, size):
 
 
 class TrainTransform:
-    """Random zoom and shift, mirror and tilt, drawn once a clip and the same for all its frames: uint8 in, uint8 out."""
+    """Random zoom and shift, mirror, tilt: one draw for all frames of a clip. uint8 (T, C, h, w) -> (T, C, H, W)."""
 
-    def __init__(self, size, zoom=0.6):
-        self.size, self.zoom = size, zoom
-        self.flip_and_rotate = v2.Compose(
-            [
-                v2.RandomHorizontalFlip(p=0.5),
-                # corners get the mean colour, which is 0 for the network
-                v2.RandomRotation(10, v2.InterpolationMode.BILINEAR, fill=[round(255 * m) for m in IMAGENET[0]]),
-            ]
-        )
+    def __init__(self, size):
+        self.size = size
+        grey = [round(255 * m) for m in IMAGENET[0]]  # the corners that a rotation leaves empty: 0 for the network
+        self.flip = v2.RandomHorizontalFlip(p=0.5)
+        self.rotate = v2.RandomRotation(10, v2.InterpolationMode.BILINEAR, fill=grey)
 
     def __call__(self, frames):
         W, H = self.size
-        # the largest box of the target's shape is 100 %; an aspect within 10 % of the target's does not squeeze people
+        # 60 to 100 % of the largest box of the target's shape, its aspect within 10 %, so that people are not squeezed
         whole = W * H / (frames.shape[-2] * frames.shape[-1])
-        crop = v2.RandomResizedCrop((H, W), scale=(self.zoom * whole, whole), ratio=(0.9 * W / H, 1.1 * W / H))
-        return self.flip_and_rotate(crop(frames))
+        crop = v2.RandomResizedCrop((H, W), scale=(0.6 * whole, whole), ratio=(0.9 * W / H, 1.1 * W / H))
+        return self.rotate(self.flip(crop(frames)))
 
 
 def normalize(clips, mean, std):
-    """uint8 (B, T, C, H, W) on any device -> float32 (B, C, T, H, W) with the channels innermost in memory."""
+    """uint8 (B, T, C, H, W) on any device -> float32 (B, C, T, H, W), channels innermost in memory."""
     clips = v2.functional.normalize(v2.functional.to_dtype(clips, torch.float32, scale=True), mean, std)
     return clips.transpose(1, 2).contiguous(memory_format=torch.channels_last_3d)
 
@@ -183,7 +181,7 @@ def normalize(clips, mean, std):
 
 
 class Segment(NamedTuple):
-    """A stretch of a video with one label; clips are drawn from it. Times in seconds, sizes in pixels."""
+    """A stretch of a video with one label, from which clips are drawn. Times in seconds, sizes in pixels."""
 
     path: Path
     label: int
@@ -194,43 +192,51 @@ class Segment(NamedTuple):
 
 
 class FrameCache:
-    """Decoded and resized uint8 frames, before any augmentation, in one block of memory that all workers share.
+    """Decoded and resized uint8 frames, before any augmentation, in memory that all workers share.
 
-    A frame that is not there yet is decoded and put in; segments beyond `budget` bytes are always decoded.
+    A frame that is not there yet is decoded and put in. Segments beyond `budget` bytes are decoded every time.
     """
 
     def __init__(self, shapes, budget):
-        sizes = np.cumsum([0] + [int(np.prod(shape)) for shape in shapes])
-        kept = int(np.searchsorted(sizes, budget, side="right")) - 1
-        block = torch.zeros(int(sizes[kept]), dtype=torch.uint8).share_memory_()
-        self.frames = [block[a:b].view(shape) for a, b, shape in zip(sizes[:kept], sizes[1:], shapes, strict=False)]
-        self.filled = [torch.zeros(shape[0], dtype=torch.bool).share_memory_() for shape in shapes[:kept]]
+        ends = np.cumsum([np.prod(shape) for shape in shapes], dtype=np.int64)
+        kept = int(np.searchsorted(ends, budget, side="right"))
+        self.bytes = int(ends[kept - 1]) if kept else 0
+        self.frames = [
+            f.view(s) for f, s in zip(self._split([np.prod(s) for s in shapes[:kept]]), shapes, strict=False)
+        ]
+        self.filled = [f.view(torch.bool) for f in self._split([s[0] for s in shapes[:kept]])]
+
+    @staticmethod
+    def _split(sizes):
+        # anonymous shared memory: nothing is left behind after a crash, and pages are taken only as frames come in
+        return torch.frombuffer(mmap.mmap(-1, int(sum(sizes)) + 1), dtype=torch.uint8)[:-1].split(
+            [int(s) for s in sizes]
+        )
 
 
 class ExerciseVideoDataset(Dataset):
-    """Clips of `clip_len` frames on a grid of `clip_fps`, whatever the rate of the file: uint8 (T, C, H, W), label.
+    """Clips of `clip_len` frames on a time grid of `clip_fps`, whatever the rate of the file: uint8 (T, C, H, W), label.
 
-    Training: a random start and random augmentation, new in every epoch. Validation: the clip in the middle,
-    resized and cropped at the centre. A segment shorter than a clip is looped: a held last frame would turn a squat
-    into a held squat. With `debug_dir` the first 10 samples are written there before and after augmentation.
+    Training: random start and augmentation, new in every epoch. Validation: the clip in the middle, cropped at the
+    centre. A segment shorter than a clip is looped: holding its last frame would turn a squat into a held squat.
+    With `debug_dir` the first 10 samples are written there, before and after augmentation.
     """
 
-    def __init__(self, segments, size, clip_len=16, clip_fps=8, training=False, cache=None, debug_dir=None):
+    def __init__(self, segments, size, clip_len=16, clip_fps=8.0, training=False, debug_dir=None):
         self.segments, self.size, self.clip_len, self.clip_fps = segments, size, clip_len, clip_fps
-        self.training, self.cache, self.debug_dir = training, cache, debug_dir
+        self.training, self.debug_dir, self.cache = training, debug_dir, None
         self.transform = TrainTransform(size) if training else v2.CenterCrop((size[1], size[0]))
         self.saved = 0
 
     def __len__(self):
         return len(self.segments)
 
-    def grid_frames(self, index):
-        """How many frames of the grid the segment has, at least 1."""
-        segment = self.segments[index]
-        return int((segment.end - segment.start) * self.clip_fps + 1e-6) + 1
+    def grid_len(self, index):
+        """Number of frames of the time grid in a segment, at least 1."""
+        return int((self.segments[index].end - self.segments[index].start) * self.clip_fps + 1e-6) + 1
 
     def read(self, index, grid):
-        """Resized frames at the numbers `grid` (ascending) of a segment's grid -> uint8 (T, C, h, w)."""
+        """Resized frames at the numbers `grid` (ascending) of a segment's time grid -> uint8 (T, C, h, w)."""
         segment = self.segments[index]
         cached = self.cache is not None and index < len(self.cache.frames)
         if cached and self.cache.filled[index][grid].all():
@@ -242,35 +248,32 @@ class ExerciseVideoDataset(Dataset):
         return frames
 
     def __getitem__(self, index):
-        n = self.grid_frames(index)
+        n = self.grid_len(index)
         room = max(0, n - self.clip_len)
         start = int(torch.randint(room + 1, ())) if self.training else room // 2
-        grid = [start + k for k in range(min(n, self.clip_len))]
-        frames = self.read(index, grid)
-        frames = frames[torch.arange(self.clip_len) % len(grid)]
+        grid = torch.arange(start, start + min(n, self.clip_len))
+        frames = self.read(index, grid)[torch.arange(self.clip_len) % len(grid)]
         clip = self.transform(frames)
         if self.debug_dir is not None and self.saved < 10:
             self._save_debug_sample(index, frames, clip)
         return clip, self.segments[index].label
 
     def _save_debug_sample(self, index, frames, clip):
+        """Both videos, and a contact sheet with every second frame: above as read, below as trained on."""
         path = self.segments[index].path
-        name = f"{self.saved:02d}_{path.parent.name}_{path.stem}"
-        self._save_debug_video(frames, self.debug_dir / f"{name}_orig.mp4")
-        # through the normalisation and back: what is seen is what the network gets
-        self._save_debug_video(normalize(clip[None], *IMAGENET)[0], self.debug_dir / f"{name}_aug.mp4")
-        rows = [frames[::2], v2.functional.center_crop(clip, list(frames.shape[-2:]))[::2]]  # every second frame
+        stem = self.debug_dir / f"{self.saved:02d}_{path.parent.name}_{path.stem}"
+        self._save_debug_video(frames, f"{stem}_orig.mp4")
+        self._save_debug_video(normalize(clip[None], *IMAGENET)[0], f"{stem}_aug.mp4")  # as the network gets it
+        rows = frames[::2], v2.functional.center_crop(clip, list(frames.shape[-2:]))[::2]
         sheet = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)  # (C, 2 h, T/2 w)
         sheet = v2.functional.resize(sheet, [sheet.shape[1] * 1600 // sheet.shape[2], 1600], antialias=True)
-        cv2.imwrite(str(self.debug_dir / f"{name}.png"), cv2.cvtColor(sheet.permute(1, 2, 0).numpy(), cv2.COLOR_RGB2BGR))
+        cv2.imwrite(f"{stem}.png", cv2.cvtColor(sheet.permute(1, 2, 0).numpy(), cv2.COLOR_RGB2BGR))
         self.saved += 1
 
     def _save_debug_video(self, clip, path, mean=IMAGENET[0], std=IMAGENET[1]):
-        """Write a clip as mp4 (mp4v) with its true colours.
+        """Write a clip as mp4 (mp4v) in its true colours; UserError if that can't be done.
 
-        Args:
-            clip: uint8 (T, C, H, W), or normalised float32 (C, T, H, W): then the normalisation is inverted.
-        Raises UserError if the file can't be written.
+        clip: uint8 (T, C, H, W), or normalised float32 (C, T, H, W), whose normalisation is inverted.
         """
         if clip.is_floating_point():
             clip = clip.transpose(0, 1) * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
@@ -295,21 +298,29 @@ def open_writer(path, fourcc, fps, size):
 
 def class_folders(root):
     """{class name: [videos]} for the folders below `root` that hold videos, both sorted by name."""
-    found = {}
-    for folder in sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")):
-        if videos := sorted(p for p in folder.iterdir() if p.suffix.lower() in CONTAINERS and p.is_file()):
-            found[folder.name] = videos
-    return found
+    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    found = {f.name: sorted(p for p in f.iterdir() if p.suffix.lower() in CONTAINERS and p.is_file()) for f in folders}
+    return {name: videos for name, videos in found.items() if videos}
 
 
 def split_by_video(found, seed):
-    """Class folders -> (train, val) class folders: 20 % of each class, at least one video, go to val."""
+    """Class folders -> (train, val) class folders: 20 % of each class, but at least one video, go to val."""
     train, val = {}, {}
     for name, videos in found.items():
-        videos = random.Random(f"{seed} {name}").sample(videos, len(videos))
+        shuffled = random.Random(f"{seed} {name}").sample(videos, len(videos))
         n_val = max(1, round(0.2 * len(videos))) if len(videos) > 1 else 0
-        train[name], val[name] = sorted(videos[n_val:]), sorted(videos[:n_val])
+        train[name], val[name] = sorted(shuffled[n_val:]), sorted(shuffled[:n_val])
     return train, val
+
+
+def probe_segment(item):
+    """(path, label) -> a Segment over the whole video, or a sentence on what is wrong with the file."""
+    path, label = item
+    try:
+        seconds, height, width = probe(path)
+    except UserError as error:
+        return str(error)
+    return Segment(path, label, 0.0, seconds, height, width)
 
 
 def ignore_interrupt(_worker):
@@ -322,79 +333,66 @@ class ExerciseVideoDataModule:
 
     Args:
         data: folder with one sub-folder a class (DIR/<class>/*.mp4), or DIR/train/<class> and DIR/val/<class>;
-            None renders the demo data into data/demo once and uses it.
+            "data/demo" is rendered if it is not there.
         size: (W, H) of the clips in pixels. clip_len: frames. clip_fps: frames a second of the clip's time grid.
-        workers: loader processes; None means 4, or 0 in debug mode.
-        cache_gb: RAM for decoded frames, in GB; None means 30 % of what is free; 0, and debug mode, turn it off.
-    After `setup()`: `classes` (names), `train_set`, `val_set`, `rejected` (a sentence for each bad file).
+        workers: loader processes; the seed's 4, none in debug mode.
+        cache_gb: RAM for decoded frames, in GB; 0, and debug mode, turn the cache off.
+    After `setup()`: `classes` (names), `train_set`, `val_set`, `notes` (sentences for the user, one for each bad file).
     Raises UserError if the folder can't be used.
     """
 
-    def __init__(self, data=None, size=(300, 400), clip_len=16, clip_fps=8.0, batch_size=16, workers=None, debug=False,
-                 seed=0, cache_gb=None, debug_dir="debug_output"):  # fmt: skip
-        self.data, self.size, self.clip_len, self.clip_fps = data, size, clip_len, clip_fps
-        self.batch_size, self.debug, self.seed, self.cache_gb = batch_size, debug, seed, cache_gb
-        self.workers = workers if workers is not None else 0 if debug else 4
-        self.debug_dir = Path(debug_dir)
+    def __init__(self, data="data/demo", size=(300, 400), clip_len=16, clip_fps=8.0, batch_size=16, workers=4,
+                 cache_gb=1.0, debug=False, seed=0):  # fmt: skip
+        self.data, self.size, self.clip_len, self.clip_fps = Path(data), size, clip_len, clip_fps
+        self.batch_size, self.debug, self.seed = batch_size, debug, seed
+        self.workers, self.cache_gb = (0, 0.0) if debug else (workers, cache_gb)
 
     def find_videos(self):
-        """(train, val) as {class name: [videos]}. A further layout of the data folder would be told apart here."""
-        if self.data is None:
-            root = Path("data/demo")
-            if not root.exists():
-                render_demo(root, seed=0)
-        elif not (root := Path(self.data)).is_dir():
-            raise UserError(f"{root} is not a folder: --data takes a folder with one sub-folder of videos a class")
-        if (root / "train").is_dir() and (root / "val").is_dir():
-            return class_folders(root / "train"), class_folders(root / "val")
-        return split_by_video(class_folders(root), self.seed)
+        """(train, val) as {class name: [videos]}. Another layout of the data folder would be told apart here."""
+        if self.data == Path("data/demo") and not self.data.exists():
+            render_demo(self.data)
+        if not self.data.is_dir():
+            raise UserError(f"{self.data} is not a folder: --data takes a folder with a sub-folder of videos a class")
+        if (self.data / "train").is_dir() and (self.data / "val").is_dir():
+            return class_folders(self.data / "train"), class_folders(self.data / "val")
+        return split_by_video(class_folders(self.data), self.seed)
 
     def setup(self):
-        train, val = self.find_videos()
-        self.classes = sorted(train)
+        found = self.find_videos()
+        self.classes = sorted(found[0])
         if len(self.classes) < 2:
-            raise UserError(
-                f"{self.data} holds {len(self.classes)} class folders with videos, but at least 2 are needed: "
-                f"put the videos of each exercise into a folder of its own, {self.data}/<class>/*.mp4"
-            )
-        if unknown := sorted(set(val) - set(train)):
-            raise UserError(f"{self.data}/val holds the class {unknown[0]}, which has no videos in {self.data}/train")
-        sets = [[(p, i) for i, c in enumerate(self.classes) for p in split.get(c, [])] for split in (train, val)]
+            raise UserError(f"{self.data} holds {len(self.classes)} class folders with videos where at least 2 are needed: "
+                            f"put the videos of each exercise into {self.data}/<class>/")  # fmt: skip
+        if unknown := sorted(set(found[1]) - set(found[0])):
+            raise UserError(f"{self.data}/val has a class {unknown[0]} that {self.data}/train does not have")
+        train, val = ([(p, i) for i, c in enumerate(self.classes) for p in split.get(c, [])] for split in found)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            bar = tqdm(pool.map(self._segment, sets[0] + sets[1]), "checking videos", len(sets[0] + sets[1]), unit="file")
+            bar = tqdm(pool.map(probe_segment, train + val), "checking videos", len(train + val), unit="file")
             checked = list(bar)
-        self.rejected = [s for s in checked if isinstance(s, str)]
-        train, val = checked[: len(sets[0])], checked[len(sets[0]) :]
-        train, val = ([s for s in split if isinstance(s, Segment)] for split in (train, val))
-        if lost := sorted(set(range(len(self.classes))) - {s.label for s in train}):
-            raise UserError(f"no video of the class {self.classes[lost[0]]} in {self.data} can be read for training")
+        self.notes = [f"left out: {reason}" for reason in checked if isinstance(reason, str)]
+        train, val = (
+            [s for s in part if isinstance(s, Segment)] for part in (checked[: len(train)], checked[len(train) :])
+        )
+        if lost := set(range(len(self.classes))) - {s.label for s in train}:
+            raise UserError(f"no video of the class {self.classes[min(lost)]} in {self.data} can be read for training"
+                            f": {'; '.join(self.notes)}")  # fmt: skip
         if not val:
-            raise UserError(f"no video of {self.data} is left for validation: each class needs at least 2 videos")
-        self.train_set = self._dataset(train, training=True, debug_dir=self.debug_dir if self.debug else None)
-        self.val_set = self._dataset(val)
-        if not self.debug:
-            self._share_cache()
+            raise UserError(f"{self.data} leaves no video for validation: give each class at least 2 videos")
+        W, H = self.size
+        if misfit := sum((s.width > s.height) != (W > H) for s in train + val if W != H and s.width != s.height):
+            self.notes.append(f"{misfit} of {len(train + val)} videos are {'landscape' if W < H else 'portrait'} and lose "
+                              f"their sides to clips of {W}x{H}: --size {H}x{W} would suit those")  # fmt: skip
+        common = self.size, self.clip_len, self.clip_fps
+        self.train_set = ExerciseVideoDataset(train, *common, training=True, debug_dir=self.debug_dir())
+        self.val_set = ExerciseVideoDataset(val, *common)
+        budget = int(1e9 * self.cache_gb)
+        for dataset in (self.val_set, self.train_set) if budget else ():
+            sizes = [kept(s.height, s.width, self.size) for s in dataset.segments]
+            dataset.cache = FrameCache([(dataset.grid_len(i), 3, *hw) for i, hw in enumerate(sizes)], budget)
+            budget -= dataset.cache.bytes
 
-    @staticmethod
-    def _segment(item):
-        path, label = item
-        try:
-            seconds, height, width = probe(path)
-        except UserError as error:
-            return str(error)
-        return Segment(path, label, 0.0, seconds, height, width)
-
-    def _dataset(self, segments, **options):
-        return ExerciseVideoDataset(segments, self.size, self.clip_len, self.clip_fps, **options)
-
-    def _share_cache(self):
-        budget = int(1e9 * self.cache_gb) if self.cache_gb is not None else int(0.3 * free_memory())
-        for dataset in (self.val_set, self.train_set):  # validation first: its clips are the same each epoch
-            shapes = []
-            for i, s in enumerate(dataset.segments):
-                shapes.append((dataset.grid_frames(i), 3, *kept(s.height, s.width, self.size)))
-            dataset.cache = FrameCache(shapes, budget)
-            budget -= sum(f.numel() for f in dataset.cache.frames)
+    def debug_dir(self):
+        return Path("debug_output") if self.debug else None
 
     def train_dataloader(self):
         return self._loader(self.train_set, shuffle=True)
@@ -403,21 +401,190 @@ class ExerciseVideoDataModule:
         return self._loader(self.val_set, shuffle=False)
 
     def _loader(self, dataset, shuffle):
-        return DataLoader(
-            dataset,
-            self.batch_size,
-            shuffle,
-            num_workers=self.workers,
-            persistent_workers=self.workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=ignore_interrupt,
-        )
+        return DataLoader(dataset, self.batch_size, shuffle, num_workers=self.workers, worker_init_fn=ignore_interrupt,
+                          persistent_workers=self.workers > 0, pin_memory=torch.cuda.is_available())  # fmt: skip
 
 
 def free_memory():
-    """Bytes that can be taken for shared memory: free RAM, and on Linux what /dev/shm has left (64 MB in containers)."""
+    """Bytes of RAM that can be taken, on Linux at most what /dev/shm has left (64 MB in many containers)."""
     try:
-        pages = int(next(line for line in open("/proc/meminfo") if line.startswith("MemAvailable")).split()[1])
-        return min(1024 * pages, shutil.disk_usage("/dev/shm").free)
-    except (OSError, StopIteration):
+        line = next(line for line in open("/proc/meminfo") if line.startswith("MemAvailable"))
+        return min(1024 * int(line.split()[1]), shutil.disk_usage("/dev/shm").free)
+    except OSError:
         return 8e9  # Windows and macOS: no figure without a further package
+
+
+# ------------------------------------------------------------------------------------------------- demo data set
+
+# fmt: off
+# A key pose holds angles in degrees: torso, head, upper arm, forearm, thigh, shin, foot (in side views). The torso
+# counts from upright (+ forward), the head from the torso's line, the limbs from hanging down (90 forward, or outward
+# in a front view; 180 up). A pair of angles is for the near (left) and the far (right) side.
+SQUAT = [(0, 0, 5, 15, 0, 0, 90), (45, -25, 80, 88, 98, -38, 90)]
+PUSH_UP = [(72, -10, 0, 2, -72, -72, 22), (85, -20, -78, 42, -85, -85, 10)]
+STAND, PIKE = (0, 0, 0, 40, 0, 0, 90), (96, -20, 2, 0, -56, -60, 28)
+# Class: (view, joint that keeps its place, weights, pace, key poses). The poses are gone through in turn, then with the
+# sides swapped. The pace is the mean time between two (s), or a range of phases (0 first pose, 1 second), one of which
+# is held: such a class shares its poses with a class that moves, so that only the motion tells the two apart.
+DEMO_EXERCISES = {
+    "no_exercise": ("either", "ankle", "", 1.5, [(0, 0, 6, 8, 4, 4, 90), (3, 6, (4, 14), (14, 60), (10, 0), (4, 2), 90),
+        (-3, -8, (8, 4), (12, 30), (0, 9), (3, 4), 90), (1, 12, (10, 6), (70, 10), 4, 4, 90)]),
+    "squat": ("side", "ankle", "", 0.9, SQUAT),
+    "squat_hold": ("side", "ankle", "", (0.35, 1), SQUAT),
+    "push_up": ("side", "hand", "", 0.9, PUSH_UP),
+    "plank": ("side", "hand", "", (0, 0), PUSH_UP),
+    "lunge": ("side", "toe", "", 0.9, [STAND, (4, 0, -15, 75, (92, -14), (0, -84), (90, 15))]),
+    "jumping_jack": ("front", "hip", "", 0.75, [(0, 0, 8, 5, 3, 2, 90), (0, 0, 148, 165, 30, 28, 90)]),
+    "biceps_curl": ("side", "ankle", "dumbbells", 0.9, [(0, 0, -2, 4, 0, 0, 90), (-3, 0, 12, 150, 0, 0, 90)]),
+    "shoulder_press": ("front", "ankle", "dumbbells", 0.9, [(0, 0, 42, 172, 9, 6, 90), (0, 0, 166, 178, 9, 6, 90)]),
+    "lateral_raise": ("front", "ankle", "dumbbells", 0.9, [(0, 0, 8, 5, 7, 5, 90), (0, 0, 92, 88, 7, 5, 90)]),
+    "deadlift": ("side", "ankle", "barbell", 0.9, [(0, 0, 4, 6, 0, 0, 90), (78, -30, -4, 2, 44, -14, 90)]),
+    "sit_up": ("side", "hip", "", 0.9, [(-89, 10, 112, 100, 138, 32, 90), (-8, 8, 72, 84, 138, 32, 90)]),
+    "leg_raise": ("side", "hip", "", 0.9, [(-90, 5, 84, 90, 89, 88, 165), (-90, 5, 84, 90, 172, 170, 250)]),
+    "glute_bridge": ("side", "shoulder", "", 0.9, [(-90, 5, 84, 90, 140, 26, 90), (-116, 24, 80, 88, 116, 10, 90)]),
+    "mountain_climber": ("side", "hand", "", 0.45, [PIKE, (96, -20, 2, 0, (60, -56), (-125, -60), (-85, 28))]),
+    "high_knees": ("side", "hip", "", 0.45, [STAND, (-4, 0, (-40, 35), (30, 130), (105, 0), (-5, 0), (75, 90))]),
+    "side_bend": ("front", "ankle", "", 0.9, [(33, 8, (132, 196), (168, 222), 14, 9, 90)]),
+}
+JOINTS = {  # and the flesh around each, in body heights: the lowest one lies on the floor
+    "shoulder": 0.065, "elbow": 0.03, "hand": 0.03, "hip": 0.065, "knee": 0.04, "ankle": 0.03, "toe": 0.03, "neck": 0,
+    "head": 0.06, "face": 0, "pelvis": 0, "bar": 0, "bar end": 0}
+BODY = {  # strokes from joint to joint: width in body heights, colour
+    "arm": [("elbow", "hand", 0.05, "skin"), ("hand", "hand", 0.065, "skin"), ("shoulder", "elbow", 0.07, "sleeves")],
+    "leg": [("ankle", "toe", 0.055, "shoes"), ("knee", "ankle", 0.07, "socks"), ("hip", "knee", 0.092, "trousers")],
+    "trunk": [("hip", "shoulder", 0.1, "shirt"), ("pelvis", "neck", 0.12, "shirt")],
+    "head": [("neck", "head", 0.055, "skin"), ("head", "head", 0.13, "hair"), ("face", "face", 0.1, "skin")],
+    "dumbbells": [("bar", "bar end", 0.03, "hub"), *((end, end, 0.08, "iron") for end in ("bar", "bar end"))],
+    "barbell": [("hand", "hand", 0.19, "iron"), ("hand", "hand", 0.05, "hub")], "": []}
+COLOURS = {  # hue (degrees), saturation and value: the lowest and the highest
+    "skin": [(12, 0.3, 0.5), (28, 0.55, 1)], "hair": [(10, 0.1, 0.05), (40, 0.7, 0.35)], "hub": [(0, 0, 0.8)] * 2,
+    "shirt": [(0, 0.5, 0.6), (360, 1, 0.9)], "sleeves": [(0, 0.1, 0.8), (360, 0.5, 1)], "iron": [(0, 0, 0.28)] * 2,
+    "trousers": [(0, 0.3, 0.2), (360, 0.9, 0.6)], "socks": [(0, 0.1, 0.3), (360, 0.8, 0.9)],
+    "shoes": [(0, 0, 0.1), (360, 0.8, 1)], "wall": [(0, 0.03, 0.4), (360, 0.3, 0.85)],
+    "floor": [(0, 0.05, 0.3), (360, 0.3, 0.8)], "mat": [(0, 0.1, 0.4), (360, 0.4, 0.8)]}
+# fmt: on
+
+
+def draw_colours(rng):
+    """A random BGR colour (0..255) for each name."""
+    hsv = rng.uniform(*np.moveaxis(list(COLOURS.values()), 1, 0))[None].astype(np.float32)
+    return dict(zip(COLOURS, 255 * cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)[0].astype(float), strict=True))
+
+
+def move(rng, exercise, front, times):
+    """Angles (T, 7 columns, 2 sides) in degrees at the given times in seconds."""
+    *_, pace, rows = DEMO_EXERCISES[exercise]
+    keys = np.array([[np.broadcast_to(angle, 2) for angle in row] for row in rows], float)
+    lean = -1 if front else 1  # in a front view, swapping the sides also turns the torso's lean around
+    keys = np.concatenate([keys, keys[..., ::-1] * [[lean], [lean], [1], [1], [1], [1], [1]]])
+    holds = isinstance(pace, tuple)
+    phase = 0 * times + rng.uniform(*pace) if holds else times / (pace * rng.uniform(0.67, 1.33)) + rng.uniform(0, 8)
+    before, after = (keys[(phase.astype(int) + i) % len(keys)] for i in (0, 1))
+    way = (0.5 - 0.5 * np.cos(np.pi * (phase % 1)))[:, None, None]  # starts and stops gently at each key pose
+    sway = np.sin(2 * np.pi * (times / rng.uniform(2.5, 4) + rng.uniform(size=(7, 1, 1)))).transpose(2, 0, 1)
+    # The amplitude scales what differs from the first pose; the sway is there because nobody holds quite still.
+    return keys[0] + rng.uniform(0.8, 1.05) * (before + way * (after - before) - keys[0]) + 0.7 * sway
+
+
+def place_joints(pose, build, front, held):
+    """Joints (T, 13, 2 sides, xy) in body heights, y down; the floor is y = 0, the held joint stays at x = 0."""
+    torso, arm, leg = build * [0.29, 0.17, 0.245]
+    pose[:, 1] += pose[:, 0]  # the head goes along with the torso
+    limb = np.stack([np.sin(np.radians(pose)), np.cos(np.radians(pose))], axis=-1)  # unit vectors (T, 7, 2 sides, xy)
+    up, crown, across, ahead = limb[:, 0] * [1, -1], limb[:, 1] * [1, -1], limb[:, 0, :, ::-1], limb[:, 1, :, ::-1]
+    half = across * [[1], [-1]] * (1 if front else -0.12)  # in a side view the far side is just a little ahead
+    if front:
+        limb[:, 2:, 1, 0] *= -1  # outward is -x on the right side
+        limb[:, 6] = [[0.3, 0.3], [-0.3, 0.3]]  # the feet point at us
+    hip, neck = 0.055 * half, torso * up
+    shoulder, head = neck + 0.1 * half, neck + 0.12 * crown
+    elbow, knee = shoulder + arm * limb[:, 2], hip + leg * limb[:, 4]
+    hand, ankle = elbow + 0.94 * arm * limb[:, 3], knee + 0.96 * leg * limb[:, 5]
+    toe, face = ankle + 0.1 * limb[:, 6], head + (-0.02 * crown if front else 0.02 * ahead - 0.01 * crown)
+    bar = 0.05 * limb[:, 3, :, ::-1] * [1, -1]  # dumbbells lie across the forearms
+    joints = [shoulder, elbow, hand, hip, knee, ankle, toe, neck, head, face, 0 * hip, hand - bar, hand + bar]
+    joints, every = np.stack(joints, axis=1), np.arange(len(pose))
+    rearmost = joints[:, list(JOINTS).index(held)]
+    joints -= rearmost[every, rearmost[..., 0].argmin(axis=1)][:, None, None]
+    if held == "hand":  # turn the body about the hands until the toes of the stretched leg are on the floor as well
+        toe = joints[:, list(JOINTS).index("toe")]
+        x, y = toe[every, toe[..., 0].argmin(axis=1)].T
+        joints = np.einsum("ijt,tnsj->tnsi", np.array([[-x, -y], [y, -x]]) / np.hypot(x, y), joints)
+        return joints - [0, JOINTS["hand"]]
+    depth = joints[..., 1] + np.array([*JOINTS.values()])[:, None]  # with the flesh
+    return joints - depth.max(axis=(1, 2))[:, None, None, None] * [0, 1]
+
+
+def draw_background(rng, width, height, tilt):
+    """A soft wall with stripes, a floor and a mat, turned by tilt (degrees): (H, W, 4) uint8 with alpha 0."""
+    colours, horizon, step = draw_colours(rng), int(height * rng.uniform(0.68, 0.82)), rng.integers(30, 90)
+    image = np.full((height, width, 3), colours["wall"])
+    top, bottom = np.sort(rng.integers(horizon, size=2))
+    for x in range(rng.integers(step), width, step):
+        image[top:bottom, x : x + step // 2] = rng.uniform(0.75, 1.25) * colours["wall"]
+    image[horizon:] = colours["floor"]
+    image[horizon + rng.integers(10, 90) : -20, width // 10 : -width // 10] = colours["mat"]
+    image += cv2.resize(rng.normal(0, rng.uniform(2, 6), (height // 10, width // 10)), (width, height))[..., None]
+    image *= np.linspace(*rng.uniform(0.8, 1.15, 2), height)[:, None, None]  # the light
+    turn = cv2.getRotationMatrix2D((width / 2, height / 2), tilt, 1.13)  # enlarged, so that no corner stays empty
+    image = cv2.warpAffine(np.clip(image, 0, 240), turn, (width, height)).astype(np.uint8)
+    return np.pad(image, ((0, 0), (0, 0), (0, 1)))
+
+
+def draw_figure(canvas, joints, scale, colours, front, weight):
+    """Draw joints (13, 2 sides, xy) in pixels on the canvas (H, W, 4), with alpha 255; scale is pixels/body height."""
+    at = dict(zip(JOINTS, (16 * joints).round().astype(int).tolist(), strict=True))  # 1/16 pixels: OpenCV's shift = 4
+    arm, leg, both = BODY["arm"] + BODY[weight], BODY["leg"], [1, 0]
+    layers = [(leg, [1]), (leg, [0]), (BODY["trunk"], both), (BODY["head"], [0]), (arm, both if front else [0])]
+    for strokes, sides in layers if front else [(arm, [1]), *layers]:
+        fill = 1 if front or 0 in sides else 0.75  # the far side is darker
+        for edge, shade, line_type in ((3, 0.55, cv2.LINE_AA), (0, fill, cv2.LINE_8)):  # the outline goes first
+            for (start, end, width, colour), side in product(strokes, sides):
+                bgra, thick = (*(shade * colours[colour]).tolist(), 255), round(width * scale) + edge
+                cv2.line(canvas, at[start][side], at[end][side], bgra, thick, line_type, 4)
+
+
+def render_demo_video(exercise, person, seed=0, size=(300, 400), fps=30, seconds=4.0):
+    """One take: frames (T, H, W, 3) uint8 BGR, and the mask (T, H, W) bool of the figure with its weights."""
+    looks = np.random.default_rng([seed, person])  # what all takes of the person share
+    colours, build, girth = draw_colours(looks), looks.uniform(0.9, 1.1, 3), looks.uniform(0.9, 1.1)
+    rng = np.random.default_rng([seed, person, list(DEMO_EXERCISES).index(exercise)])
+    view, held, weight, *_ = DEMO_EXERCISES[exercise]
+    front = rng.uniform() < {"side": 0, "front": 1, "either": 0.5}[view]
+    size, tilt = np.array(size), rng.uniform(-5, 5)
+    pose = move(rng, exercise, front, np.arange(round(fps * seconds)) / fps)
+    joints = place_joints(pose, build, front, held) * [rng.choice([-1, 1]), 1]  # faces right or left
+    joints @= cv2.getRotationMatrix2D((0, 0), tilt, 1)[:, :2].T
+    low, high = joints.min(axis=(0, 1, 2)) - 0.12, joints.max(axis=(0, 1, 2)) + 0.12  # with flesh and weights
+    scale = min(size[1] * rng.uniform(0.55, 0.8), *(0.97 * size / (high - low)))  # pixels per body height
+    place = size * rng.uniform([0.4, 0.86], [0.6, 0.95]) - scale * (low + high) * [0.5, 0]
+    joints = scale * joints + np.clip(place, -scale * low, size - scale * high)  # never out of the frame
+    background = draw_background(rng, *size.tolist(), tilt)
+    noise, frames, masks = rng.integers(0, 12, (size[1], size[0], 3), np.uint8), [], []
+    for points, shift in zip(joints, rng.integers(size[1], size=len(joints)), strict=True):
+        canvas = background.copy()
+        draw_figure(canvas, points, scale * girth, colours, front, weight)
+        masks.append(canvas[..., 3] > 0)
+        frames.append(cv2.add(cv2.cvtColor(canvas, cv2.COLOR_BGRA2BGR), np.roll(noise, shift, axis=0)))
+    return np.stack(frames), np.stack(masks)
+
+
+def render_demo(root, seed=0, train_people=16, val_people=6):
+    """Write root/<train or val>/<class>/person<number>.mp4; train and val show different people."""
+    partial = root.with_name(root.name + ".partial")  # renamed at the end: what was interrupted does not pass for whole
+    shutil.rmtree(partial, ignore_errors=True)
+
+    def write(task):
+        person, exercise = task
+        path = partial / ("train" if person < train_people else "val") / exercise / f"person{person:02}.mp4"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        frames, _ = render_demo_video(exercise, person, seed)
+        video = open_writer(path, "mp4v", 30, frames.shape[2:0:-1])
+        for frame in frames:
+            video.write(frame)
+        video.release()
+
+    tasks = [(person, exercise) for person in range(train_people + val_people) for exercise in DEMO_EXERCISES]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads do: OpenCV works outside Python's lock
+        list(tqdm(pool.map(write, tasks), "rendering the demo data", len(tasks), unit="video"))
+    partial.rename(root)

@@ -203,7 +203,9 @@ def render(path, output, heat, fps, size, lines, alpha, side_by_side):
             now = (1 - at % 1) * heat[low] + (at % 1) * heat[high]
             shown = write_lines(overlay(frame, now, seen_box(*frame.shape[:2], size), alpha), lines)
             picture = np.hstack([frame, shown]) if side_by_side else shown
-            picture = cv2.copyMakeBorder(picture, 0, picture.shape[0] % 2, 0, picture.shape[1] % 2, cv2.BORDER_REPLICATE)
+            picture = cv2.copyMakeBorder(
+                picture, 0, picture.shape[0] % 2, 0, picture.shape[1] % 2, cv2.BORDER_REPLICATE
+            )
             if writer is None:
                 writer = open_writer(part, CODECS[output.suffix], video.fps, picture.shape[1::-1])
                 shape = picture.shape

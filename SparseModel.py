@@ -7,14 +7,19 @@ Both are a sequence of named stages, `model.features`, then global average pooli
 wants the map at a stage (HeatMap.py) can run the stages up to it and go on from there. Axis order: (B, C, T, H, W).
 """
 
+import math
+import os
 import socket
 from collections import OrderedDict
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torchvision.models.video import R3D_18_Weights, r3d_18
+
+# Linux: large tensors in pages of 2 MB. With 4 kB pages a training step on the CPU spends up to half its time in page
+# faults. torch reads this at its first allocation.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 MODELS = ("mobilenet_v2_3d", "pretrained_resnet")
 MODES = ("standard", "high_temporal")
@@ -38,10 +43,65 @@ def scale_channels(channels, width_mult):
     return scaled + 8 if scaled < 0.9 * channels * width_mult else scaled
 
 
+class DepthwiseBackward(torch.autograd.Function):
+    """Depthwise 3x3x3 convolution, padding 1: the library's forward, and its backward from the library's faster parts.
+
+    A tensor in channels_last_3d is a stack of channels_last frames, and frame i = t * stride + k - 1 of the input meets
+    frame t of the output through tap k of the kernel in time. So the gradients are sums over the three taps of 2D
+    depthwise gradients, without a copy. With stride 1 the gradient of the input is the convolution of the output's
+    gradient with the mirrored kernel. 2 to 6 times faster than aten's 3D backward on the CPU (tests/benchmark.py model).
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, stride):
+        ctx.save_for_backward(x, weight)
+        ctx.stride = stride
+        return torch.conv3d(x, weight, None, stride, 1, 1, len(weight))
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        (s, *stride), channels = ctx.stride, len(weight)
+        grad = grad.contiguous(memory_format=torch.channels_last_3d)
+        need_x, need_weight = ctx.needs_input_grad[:2]
+        grad_x, grad_weight = None, torch.zeros_like(weight) if need_weight else None
+        if need_x and ctx.stride == (1, 1, 1):
+            grad_x = torch.conv3d(grad, weight.flip(2, 3, 4), None, 1, 1, 1, channels)
+        elif need_x:
+            grad_x = torch.zeros_like(x)
+        by_taps = need_x and ctx.stride != (1, 1, 1)
+        for b in range(len(x) if by_taps or need_weight else 0):
+            frames, outputs = x[b].transpose(0, 1), grad[b].transpose(0, 1)  # (T, C, H, W)
+            for k in range(3):
+                first = 1 if k == 0 else 0  # of the output's frames; frame 0 meets the padding through tap 0
+                last = min(len(outputs), (len(frames) - k) // s + 1)
+                if last <= first:
+                    continue
+                met = slice(first * s + k - 1, (last - 1) * s + k, s)
+                frames_grad, tap_grad, _ = torch.ops.aten.convolution_backward(
+                    outputs[first:last], frames[met], weight[:, :, k], None, stride, [1, 1], [1, 1], False, [0, 0],
+                    channels, [by_taps, need_weight, False],
+                )  # fmt: skip
+                if by_taps:
+                    grad_x[b].transpose(0, 1)[met] += frames_grad
+                if need_weight:
+                    grad_weight[:, :, k] += tap_grad
+        return grad_x, grad_weight, None
+
+
+class DepthwiseConv3d(nn.Conv3d):
+    def forward(self, x):
+        if torch.is_grad_enabled() and x.device.type == "cpu" and x.dtype == self.weight.dtype:
+            if not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling():
+                return DepthwiseBackward.apply(x, self.weight, self.stride)
+        return super().forward(x)
+
+
 class ConvBNReLU6(nn.Sequential):
     def __init__(self, c_in, c_out, kernel=1, stride=1, groups=1):
+        conv = DepthwiseConv3d if groups > 1 else nn.Conv3d
         super().__init__(
-            nn.Conv3d(c_in, c_out, kernel, stride, padding=kernel // 2, groups=groups, bias=False),
+            conv(c_in, c_out, kernel, stride, padding=kernel // 2, groups=groups, bias=False),
             nn.BatchNorm3d(c_out),
             nn.ReLU6(inplace=True),
         )
@@ -117,9 +177,13 @@ class SparseModel(VideoClassifier):
         last = scale_channels(1280, max(1.0, width_mult))
         stages.append(ConvBNReLU6(channels, last))
         super().__init__(nn.Sequential(*stages), last, num_classes, dropout)
-        for m in self.features.modules():  # the initialisation of the MobileNetV2 reference in torchvision
+        for m in self.features.modules():
             if isinstance(m, nn.Conv3d):
-                nn.init.kaiming_normal_(m.weight, mode="fan_out")
+                # The reference's initialisation (He et al., fan_out), but with the groups counted: without them depthwise
+                # weights start so small that the first steps change them by 10 % each, batch norm's running averages
+                # can't follow, and validation stays at chance for the first epochs (measured, AdamW).
+                fan_out = m.out_channels * math.prod(m.kernel_size) / m.groups
+                nn.init.normal_(m.weight, 0, math.sqrt(2 / fan_out))
         self.to(memory_format=torch.channels_last_3d)
 
 
