@@ -83,7 +83,7 @@ class VideoReader:
         for back in (1, 4, 16):
             self.time = -1.0
             if time > back and self.cap.set(cv2.CAP_PROP_POS_MSEC, 1000 * (time - back)):
-                if self.grab() and self.time <= time:
+                if self.grab() and 0 < self.time <= time:
                     return
         self.__init__(self.path)
 
@@ -191,31 +191,18 @@ class Segment(NamedTuple):
     width: int
 
 
-class FrameCache:
-    """Decoded and resized uint8 frames, before any augmentation, in memory that all workers share.
+def shared_bytes(shapes):
+    """uint8 tensors of zeros in one block of memory that forked and spawned workers share.
 
-    A frame that is not there yet is decoded and put in. Segments beyond `budget` bytes are decoded every time.
+    The block is anonymous: a crash leaves nothing behind, and pages are taken only when something is written to them.
     """
-
-    def __init__(self, shapes, budget):
-        ends = np.cumsum([np.prod(shape) for shape in shapes], dtype=np.int64)
-        kept = int(np.searchsorted(ends, budget, side="right"))
-        self.bytes = int(ends[kept - 1]) if kept else 0
-        self.frames = [
-            f.view(s) for f, s in zip(self._split([np.prod(s) for s in shapes[:kept]]), shapes, strict=False)
-        ]
-        self.filled = [f.view(torch.bool) for f in self._split([s[0] for s in shapes[:kept]])]
-
-    @staticmethod
-    def _split(sizes):
-        # anonymous shared memory: nothing is left behind after a crash, and pages are taken only as frames come in
-        return torch.frombuffer(mmap.mmap(-1, int(sum(sizes)) + 1), dtype=torch.uint8)[:-1].split(
-            [int(s) for s in sizes]
-        )
+    sizes = [int(np.prod(shape)) for shape in shapes]
+    block = torch.frombuffer(mmap.mmap(-1, sum(sizes) + 1), dtype=torch.uint8)
+    return [part.view(shape) for part, shape in zip(block[:-1].split(sizes), shapes, strict=True)]
 
 
 class ExerciseVideoDataset(Dataset):
-    """Clips of `clip_len` frames on a time grid of `clip_fps`, whatever the rate of the file: uint8 (T, C, H, W), label.
+    """Items: clip uint8 (T, C, H, W) of `clip_len` frames on a time grid of `clip_fps`, whatever the file has; label.
 
     Training: random start and augmentation, new in every epoch. Validation: the clip in the middle, cropped at the
     centre. A segment shorter than a clip is looped: holding its last frame would turn a squat into a held squat.
@@ -224,9 +211,9 @@ class ExerciseVideoDataset(Dataset):
 
     def __init__(self, segments, size, clip_len=16, clip_fps=8.0, training=False, debug_dir=None):
         self.segments, self.size, self.clip_len, self.clip_fps = segments, size, clip_len, clip_fps
-        self.training, self.debug_dir, self.cache = training, debug_dir, None
+        self.training, self.debug_dir, self.cache = training, debug_dir, []
         self.transform = TrainTransform(size) if training else v2.CenterCrop((size[1], size[0]))
-        self.saved = 0
+        self.saved = 0  # debug samples
 
     def __len__(self):
         return len(self.segments)
@@ -235,17 +222,28 @@ class ExerciseVideoDataset(Dataset):
         """Number of frames of the time grid in a segment, at least 1."""
         return int((self.segments[index].end - self.segments[index].start) * self.clip_fps + 1e-6) + 1
 
+    def keep_in_memory(self, budget):
+        """Keep decoded and resized frames, as they come and before any augmentation, for all workers together.
+
+        Segments beyond `budget` bytes are decoded every time. Returns the number of bytes that may be taken.
+        """
+        shapes = [(self.grid_len(i), 3, *kept(s.height, s.width, self.size)) for i, s in enumerate(self.segments)]
+        total = np.cumsum([np.prod(shape) for shape in shapes])
+        n = int((total <= budget).sum())
+        self.cache = list(zip(shared_bytes(shapes[:n]), shared_bytes([shape[:1] for shape in shapes[:n]]), strict=True))
+        return int(total[n - 1]) if n else 0
+
     def read(self, index, grid):
         """Resized frames at the numbers `grid` (ascending) of a segment's time grid -> uint8 (T, C, h, w)."""
         segment = self.segments[index]
-        cached = self.cache is not None and index < len(self.cache.frames)
-        if cached and self.cache.filled[index][grid].all():
-            return self.cache.frames[index][grid]
-        frames = resize(read_frames(segment.path, [segment.start + k / self.clip_fps for k in grid]), self.size)
-        if cached:
-            self.cache.frames[index][grid] = frames
-            self.cache.filled[index][grid] = True
-        return frames
+        frames, filled = self.cache[index] if index < len(self.cache) else (None, None)
+        if filled is not None and filled[grid].all():
+            return frames[grid]
+        read = resize(read_frames(segment.path, (segment.start + grid / self.clip_fps).tolist()), self.size)
+        if filled is not None:
+            frames[grid] = read
+            filled[grid] = 1
+        return read
 
     def __getitem__(self, index):
         n = self.grid_len(index)
@@ -346,6 +344,7 @@ class ExerciseVideoDataModule:
         self.data, self.size, self.clip_len, self.clip_fps = Path(data), size, clip_len, clip_fps
         self.batch_size, self.debug, self.seed = batch_size, debug, seed
         self.workers, self.cache_gb = (0, 0.0) if debug else (workers, cache_gb)
+        self.debug_dir = Path("debug_output") if debug else None
 
     def find_videos(self):
         """(train, val) as {class name: [videos]}. Another layout of the data folder would be told apart here."""
@@ -361,38 +360,38 @@ class ExerciseVideoDataModule:
         found = self.find_videos()
         self.classes = sorted(found[0])
         if len(self.classes) < 2:
-            raise UserError(f"{self.data} holds {len(self.classes)} class folders with videos where at least 2 are needed: "
-                            f"put the videos of each exercise into {self.data}/<class>/")  # fmt: skip
+            raise UserError(
+                f"{self.data} holds {len(self.classes)} class folders with videos where at least 2 are needed: put the "
+                f"videos of each exercise into {self.data}/<class>/"
+            )
         if unknown := sorted(set(found[1]) - set(found[0])):
             raise UserError(f"{self.data}/val has a class {unknown[0]} that {self.data}/train does not have")
-        train, val = ([(p, i) for i, c in enumerate(self.classes) for p in split.get(c, [])] for split in found)
+        parts = [[(p, i) for i, c in enumerate(self.classes) for p in part.get(c, [])] for part in found]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            bar = tqdm(pool.map(probe_segment, train + val), "checking videos", len(train + val), unit="file")
-            checked = list(bar)
-        self.notes = [f"left out: {reason}" for reason in checked if isinstance(reason, str)]
-        train, val = (
-            [s for s in part if isinstance(s, Segment)] for part in (checked[: len(train)], checked[len(train) :])
-        )
+            checks = tqdm(pool.map(probe_segment, sum(parts, [])), "checking videos", sum(map(len, parts)), unit="file")
+            segments, bad = [], []
+            for segment in checks:
+                (bad if isinstance(segment, str) else segments).append(segment)
+        self.notes = [f"left out: {reason}" for reason in bad]
+        in_train = set(parts[0])
+        train = [s for s in segments if (s.path, s.label) in in_train]
+        val = [s for s in segments if (s.path, s.label) not in in_train]
         if lost := set(range(len(self.classes))) - {s.label for s in train}:
-            raise UserError(f"no video of the class {self.classes[min(lost)]} in {self.data} can be read for training"
-                            f": {'; '.join(self.notes)}")  # fmt: skip
+            name = self.classes[min(lost)]
+            raise UserError(f"no video of class {name} in {self.data} can be read for training: {'; '.join(bad)}")
         if not val:
             raise UserError(f"{self.data} leaves no video for validation: give each class at least 2 videos")
         W, H = self.size
-        if misfit := sum((s.width > s.height) != (W > H) for s in train + val if W != H and s.width != s.height):
-            self.notes.append(f"{misfit} of {len(train + val)} videos are {'landscape' if W < H else 'portrait'} and lose "
-                              f"their sides to clips of {W}x{H}: --size {H}x{W} would suit those")  # fmt: skip
+        if misfit := sum((s.width > s.height) != (W > H) for s in segments if W != H and s.width != s.height):
+            kind = "landscape" if W < H else "portrait"
+            self.notes.append(f"{misfit} of {len(segments)} videos are {kind}, which {W}x{H} cuts: try --size {H}x{W}")
+        if self.debug:
+            self.debug_dir.mkdir(exist_ok=True)
         common = self.size, self.clip_len, self.clip_fps
-        self.train_set = ExerciseVideoDataset(train, *common, training=True, debug_dir=self.debug_dir())
+        self.train_set = ExerciseVideoDataset(train, *common, training=True, debug_dir=self.debug_dir)
         self.val_set = ExerciseVideoDataset(val, *common)
         budget = int(1e9 * self.cache_gb)
-        for dataset in (self.val_set, self.train_set) if budget else ():
-            sizes = [kept(s.height, s.width, self.size) for s in dataset.segments]
-            dataset.cache = FrameCache([(dataset.grid_len(i), 3, *hw) for i, hw in enumerate(sizes)], budget)
-            budget -= dataset.cache.bytes
-
-    def debug_dir(self):
-        return Path("debug_output") if self.debug else None
+        self.train_set.keep_in_memory(budget - self.val_set.keep_in_memory(budget))
 
     def train_dataloader(self):
         return self._loader(self.train_set, shuffle=True)
@@ -403,6 +402,15 @@ class ExerciseVideoDataModule:
     def _loader(self, dataset, shuffle):
         return DataLoader(dataset, self.batch_size, shuffle, num_workers=self.workers, worker_init_fn=ignore_interrupt,
                           persistent_workers=self.workers > 0, pin_memory=torch.cuda.is_available())  # fmt: skip
+
+
+def pick_device(name):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"the device {name} can't be used: {str(error).splitlines()[0]}") from error
 
 
 def free_memory():

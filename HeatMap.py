@@ -11,16 +11,18 @@ import argparse
 import os
 import sys
 from collections import deque
+from itertools import islice
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from Dataset import UserError, VideoReader, cover, normalize, open_writer, resize
-from SparseModel import build_model
+from Dataset import UserError, VideoReader, cover, normalize, open_writer, pick_device, resize
+from SparseModel import build_model, read_state
 
 METHODS = ("gradcam", "hirescam")
 CODECS = {".webm": "VP80", ".mp4": "mp4v"}  # VP8 plays in browsers; mp4v writes 12 times faster but does not
@@ -33,18 +35,15 @@ FONT = cv2.FONT_HERSHEY_SIMPLEX
 def load_checkpoint(path):
     """(model in eval mode, checkpoint dict as Trainer.py saved it). UserError if the file is something else."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"there is no checkpoint {path}") from error
-    except Exception as error:  # torch.load raises many types on a file that is not its own
-        raise UserError(f"{path} can't be read as a checkpoint: it is damaged or not made by Trainer.py") from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != 1:
-        raise UserError(f"{path} is not a checkpoint of this version of Trainer.py: train again to make one")
-    try:
+        checkpoint = read_state(path)
+        if checkpoint.get("format") != 1:
+            raise UserError(f"{path} is not a checkpoint of this version of Trainer.py: train again to make one")
         model = build_model(checkpoint["model_name"], **checkpoint["model_args"])
         model.load_state_dict(checkpoint["model"])
+    except OSError as error:
+        raise UserError(f"the checkpoint {path} can't be read: {error.strerror}") from error
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} does not fit this version of SparseModel.py: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path} is not a checkpoint of Trainer.py: {str(error).splitlines()[0]}") from error
     return model.eval().requires_grad_(False), checkpoint
 
 
@@ -82,54 +81,47 @@ def explain(model, clips, layer, target, method):
 
 
 def read_windows(path, size, clip_len, clip_fps, stride):
-    """Yield (number of the first frame, clip uint8 (T, C, H, W), frames that are real) over the whole video.
+    """Yield (number of the first frame, clip uint8 (T, C, H, W), how many of its frames are real) over the whole video.
 
-    Frames lie on the grid of `clip_fps` and are prepared as in validation. Windows start every `stride` frames; the last
+    Frames lie on the grid of `clip_fps`, prepared as in validation. Windows start every `stride` frames, and the last
     one ends with the video. A video shorter than a clip is looped, as in training.
     """
-    video, buffer, count, emitted = VideoReader(path, threads=os.cpu_count()), deque(maxlen=clip_len), 0, 0
+    video, frames, count, done = VideoReader(path, threads=os.cpu_count()), deque(maxlen=clip_len), 0, 0
     while video.grab():
         if video.time < count / clip_fps - 0.001:
             continue
-        frame = torch.from_numpy(cv2.cvtColor(video.frame(), cv2.COLOR_BGR2RGB)).permute(2, 0, 1)
-        frame = v2.functional.center_crop(resize(frame[None], size), [size[1], size[0]])[0]
+        frame = torch.from_numpy(cv2.cvtColor(video.frame(), cv2.COLOR_BGR2RGB)).permute(2, 0, 1)[None]
+        frame = v2.functional.center_crop(resize(frame, size), [size[1], size[0]])
         while video.time >= count / clip_fps - 0.001:
-            buffer.append(frame)
+            frames.append(frame)
             count += 1
             if count >= clip_len and (count - clip_len) % stride == 0:
-                yield count - clip_len, torch.stack(list(buffer)), clip_len
-                emitted = count
+                yield count - clip_len, torch.cat(list(frames)), clip_len
+                done = count
     if not count:
         raise UserError(f"{path} holds no frame that can be decoded")
-    if emitted < count:
-        real = len(buffer)
-        clip = torch.stack([buffer[i % real] for i in range(clip_len)])
-        yield max(0, count - clip_len), clip, real
+    if done < count:
+        real = len(frames)
+        yield count - real, torch.cat([frames[i % real] for i in range(clip_len)]), real
 
 
 def explain_video(model, checkpoint, path, layer, target, method, device, batch_size=4):
-    """Explain a video of any length by overlapping windows.
+    """Explain a video of any length by windows that overlap by half.
 
     Returns (heat, probabilities, target): heat float32 (N, H', W') >= 0 for the frames of the grid at `clip_fps`, the
     windows averaged with a weight that falls towards their ends; probabilities (num_classes,), the mean over the
-    windows; target, the class that was explained (`target`, or where that is None the most probable one).
+    windows; target, the class that was explained: `target`, or where that is None the most probable one.
     """
-    T, fps = checkpoint["clip_len"], checkpoint["clip_fps"]
+    T, fps, size = checkpoint["clip_len"], checkpoint["clip_fps"], checkpoint["size"]
 
     def batches(title):
-        batch = []
-        for window in tqdm(read_windows(path, checkpoint["size"], T, fps, max(1, T // 2)), title, unit="window"):
-            batch.append(window)
-            if len(batch) == batch_size:
-                yield batch
-                batch = []
-        if batch:
-            yield batch
+        windows = iter(tqdm(read_windows(path, size, T, fps, stride=max(1, T // 2)), title, unit="window"))
+        return iter(lambda: list(islice(windows, batch_size)), [])
 
     def to_network(batch):
         return normalize(torch.stack([clip for _, clip, _ in batch]).to(device), checkpoint["mean"], checkpoint["std"])
 
-    if target is None:  # the class to explain is only known after the whole video was seen
+    if target is None:  # the class to explain is known only when the whole video was seen
         with torch.no_grad():
             logits = torch.cat([model(to_network(batch)) for batch in batches("predict")])
         target = int(logits.softmax(1).mean(0).argmax())
@@ -138,25 +130,24 @@ def explain_video(model, checkpoint, path, layer, target, method, device, batch_
     taper = 1.0 - (torch.arange(T) - (T - 1) / 2).abs() / (T / 2 + 0.5)
     for batch in batches(method):
         maps, batch_logits = explain(model, to_network(batch), layer, target, method)
-        logits.append(batch_logits.cpu())
-        maps = maps.relu()[:, None]  # (B, 1, T', H', W'); time to T frames here, space when a frame is drawn
-        maps = torch.nn.functional.interpolate(maps, (T, *maps.shape[-2:]), mode="trilinear", align_corners=False)
-        for (start, _, real), clip_map in zip(batch, maps[:, 0].cpu(), strict=True):
+        logits.append(batch_logits)
+        # to the clip's frames in time; to the frame's pixels in space only when it is drawn
+        maps = F.interpolate(maps.relu()[:, None], (T, *maps.shape[-2:]), mode="trilinear")[:, 0].cpu()
+        for (start, _, real), clip_map in zip(batch, maps, strict=True):
+            heat += [torch.zeros(maps.shape[-2:])] * (start + real - len(heat))
+            weight += [0.0] * (start + real - len(weight))
             for i in range(real):
-                if start + i == len(heat):
-                    heat.append(torch.zeros(clip_map.shape[1:]))
-                    weight.append(0.0)
-                heat[start + i] += taper[i] * clip_map[i]
+                heat[start + i] = heat[start + i] + taper[i] * clip_map[i]
                 weight[start + i] += float(taper[i])
     heat = torch.stack(heat) / torch.tensor(weight)[:, None, None]
-    return heat.numpy(), torch.cat(logits).softmax(1).mean(0).numpy(), target
+    return heat.numpy(), torch.cat(logits).softmax(1).mean(0).cpu().numpy(), target
 
 
 # --------------------------------------------------------------------------------------------------------- picture
 
 
 def seen_box(height, width, size):
-    """(x0, y0, x1, y1) in pixels of the source frame: the part that validation's resize and crop leave to the network."""
+    """(x0, y0, x1, y1) in pixels of the source frame: what validation's resize and crop leave to the network."""
     W, H = size
     h, w = cover(height, width, size)
     x, y = (w - W) / 2 * width / w, (h - H) / 2 * height / h
@@ -175,51 +166,53 @@ def overlay(frame, heat, box, alpha):
 
 
 def write_lines(frame, lines):
-    """Text in the top left corner on a darkened bar, sized to the frame."""
+    """White text with a black edge in the top left corner, sized to the frame, in place."""
     height, width = frame.shape[:2]
     longest = max(cv2.getTextSize(line, FONT, 1.0, 1)[0][0] for line in lines)
-    scale = min(height / 640, 0.95 * width / longest, 1.2)
-    step, thick = int(32 * scale) + 2, max(1, round(1.6 * scale))
-    bar = frame[: step * len(lines) + step // 3]
-    bar[:] = bar // 3
+    scale = min(height / 640, 0.9 * width / longest, 1.5)
+    thick = max(1, round(1.5 * scale))
     for i, line in enumerate(lines):
-        origin = (step // 4, step * (i + 1) - step // 5)
-        cv2.putText(frame, line, origin, FONT, scale, (255, 255, 255), thick, cv2.LINE_AA)
+        origin = round(10 * scale), round(32 * scale * (i + 1))
+        for colour, width in ((0, 0, 0), thick + 2), ((255, 255, 255), thick):
+            cv2.putText(frame, line, origin, FONT, scale, colour, width, cv2.LINE_AA)
     return frame
 
 
 def render(path, output, heat, fps, size, lines, alpha, side_by_side):
-    """Write the overlay video at the source's size and rate, and a film strip of eight moments beside it as PNG."""
-    video, peak = VideoReader(path, threads=os.cpu_count()), heat.max()
-    heat = heat / peak if peak > 0 else heat  # one scale for the whole video
+    """Write the overlay video at the source's size and rate, and beside it a film strip of eight moments as PNG.
+
+    heat: float32 (N, h, w) >= 0 on the grid of `fps`; one scale, that of its largest value, for the whole video.
+    """
+    heat = heat / heat.max() if heat.max() > 0 else heat
     part = output.with_name(f"{output.stem}.part{output.suffix}")  # the extension chooses the container
-    moments, columns, writer = list((np.arange(8) + 0.5) / 8 * len(heat) / fps), [], None
-    bar = tqdm(desc="write", total=int(len(heat) / fps * video.fps), unit="frame")
+    video, writer, shape, strip = VideoReader(path, threads=os.cpu_count()), None, None, []
+    bar = tqdm(desc="write", total=round(len(heat) / fps * video.fps), unit="frame")
     try:
         while video.grab():
-            frame = video.frame()
-            at = min(video.time * fps, len(heat) - 1)
-            low, high = int(at), min(int(at) + 1, len(heat) - 1)
-            now = (1 - at % 1) * heat[low] + (at % 1) * heat[high]
+            frame, at = video.frame(), min(video.time * fps, len(heat) - 1)
+            low = int(at)
+            now = heat[low] + (at - low) * (heat[min(low + 1, len(heat) - 1)] - heat[low])
             shown = write_lines(overlay(frame, now, seen_box(*frame.shape[:2], size), alpha), lines)
             picture = np.hstack([frame, shown]) if side_by_side else shown
             picture = cv2.copyMakeBorder(
                 picture, 0, picture.shape[0] % 2, 0, picture.shape[1] % 2, cv2.BORDER_REPLICATE
             )
             if writer is None:
-                writer = open_writer(part, CODECS[output.suffix], video.fps, picture.shape[1::-1])
-                shape = picture.shape
+                writer, shape = open_writer(part, CODECS[output.suffix], video.fps, picture.shape[1::-1]), picture.shape
             if picture.shape != shape:  # OpenCV would drop it without a word
                 raise UserError(f"{path} changes its frame size at {video.time:.1f} s")
             writer.write(picture)
-            while len(columns) < 8 and (video.time >= moments[len(columns)]):
-                columns.append(cv2.resize(np.vstack([frame, shown]), None, fx=(s := 240 / frame.shape[0]), fy=s))
+            if video.time * fps >= (len(strip) + 0.5) / 8 * len(heat) - 1 and len(strip) < 8:
+                column, scale = np.vstack([frame, shown]), 240 / frame.shape[0]
+                strip.append(cv2.resize(column, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA))
             bar.update()
-        columns += columns[-1:] * (8 - len(columns)) if columns else [np.vstack([frame, shown])]
         writer.release()
-        os.replace(part, output)
-        if not cv2.imwrite(str(output.with_suffix(".png")), np.hstack(columns)):
+        strip = np.hstack(strip + strip[-1:] * (8 - len(strip)))
+        if not cv2.imwrite(str(output.with_suffix(".png")), strip):
             raise UserError(f"{output.with_suffix('.png')} can't be written")
+        os.replace(part, output)
+    except OSError as error:
+        raise UserError(f"{output} can't be written: {error.strerror}") from error
     finally:
         bar.close()
         part.unlink(missing_ok=True)
@@ -228,23 +221,8 @@ def render(path, output, heat, fps, size, lines, alpha, side_by_side):
 # ------------------------------------------------------------------------------------------------------------ main
 
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--video", type=Path, required=True, help="video to explain")
-    parser.add_argument("--method", choices=METHODS, default="hirescam", help="(default: %(default)s)")
-    parser.add_argument("--checkpoint", type=Path, help="made by Trainer.py (default: the newest in checkpoints/)")
-    parser.add_argument("--target-class", help="name or index of the class to explain (default: the predicted one)")
-    parser.add_argument("--layer", help="stage whose map is shown (default: the last one before the classifier)")
-    parser.add_argument("--output", type=Path, help=".webm (VP8, plays in browsers) or .mp4 (mp4v, 12 times faster to "
-                        "write, plays in desktop players) (default: <video>_<method>.webm)")  # fmt: skip
-    parser.add_argument("--alpha", type=float, default=0.6, help="opacity of the heat, 0 to 1 (default: %(default)s)")
-    parser.add_argument("--side-by-side", choices=("True", "False"), default="True", help="(default: %(default)s)")
-    parser.add_argument("--device", help="cuda, mps or cpu (default: cuda if it is there, else cpu)")
-    return parser.parse_args(argv)
-
-
 def choose(name, names, what):
-    """Index of `name` in `names`, which may be given as a number; UserError with the valid ones."""
+    """Index of `name` in `names`; a number is taken as the index. UserError with the valid names."""
     if name in names:
         return names.index(name)
     if name.isdigit() and int(name) < len(names):
@@ -252,46 +230,84 @@ def choose(name, names, what):
     raise UserError(f"there is no {what} {name!r}: choose one of {', '.join(names)}")
 
 
+def newest_checkpoint():
+    found = sorted(Path("checkpoints").glob("*.pt"), key=lambda p: p.stat().st_mtime)
+    if not found:
+        raise UserError("there is no checkpoint in checkpoints/: make one with python Trainer.py --debug False")
+    return found[-1]
+
+
+def opacity(text):
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return float(text)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--video", type=Path, required=True, help="video to explain (required, no default)")
+    add("--method", choices=METHODS, default="hirescam", help="how the map is made (default: %(default)s)")
+    add("--checkpoint", type=Path, help="made by Trainer.py (default: the newest in checkpoints/)")
+    add("--target-class", help="name or index of the class to explain (default: the predicted one)")
+    add("--layer", help="stage of the network whose map is shown (default: the last one before the classifier)")
+    add("--output", type=Path, help=".webm plays in browsers, .mp4 only on desktops (default: <video>_<method>.webm)")
+    add("--alpha", type=opacity, default=0.6, help="opacity of the heat, 0 to 1 (default: %(default)s)")
+    add(
+        "--side-by-side",
+        choices=("True", "False"),
+        default="True",
+        help="the source to the left (default: %(default)s)",
+    )
+    add("--device", default="auto", help="cuda, mps or cpu; auto: the first that is there (default: %(default)s)")
+    return parser.parse_args(argv)
+
+
 def main(args):
-    if args.checkpoint is None:
-        found = sorted(Path("checkpoints").glob("*.pt"), key=lambda p: p.stat().st_mtime)
-        if not found:
-            raise UserError("there is no checkpoint in checkpoints/: make one with python Trainer.py --debug False")
-        args.checkpoint = found[-1]
+    checkpoint_path = args.checkpoint or newest_checkpoint()
     output = args.output or Path(f"{args.video.stem}_{args.method}.webm")
     if output.suffix not in CODECS:
         raise UserError(f"{output} ends in {output.suffix or 'nothing'}: the output is .webm or .mp4")
-    if not output.resolve().parent.is_dir():
-        raise UserError(f"the folder {output.parent} for the output does not exist")
+    if not output.resolve().parent.is_dir() or output.is_dir():
+        raise UserError(f"{output} can't be written: its folder does not exist, or it is a folder itself")
+    if output.resolve() == args.video.resolve():
+        raise UserError(f"{output} is the video itself: give --output another name")
     VideoReader(args.video)  # a wrong path is said before the network is loaded
-    model, checkpoint = load_checkpoint(args.checkpoint)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model, checkpoint = load_checkpoint(checkpoint_path)
+    device = pick_device(args.device)
     layers = [f"features.{name}" for name, _ in model.features.named_children()]
     layer = layers[choose(args.layer, layers, "layer")] if args.layer else layers[-1]
     classes = checkpoint["classes"]
     target = choose(args.target_class, classes, "class") if args.target_class else None
 
     heat, probabilities, target = explain_video(
-        model.to(device), checkpoint, args.video, layer.split(".")[1], target, args.method, device
+        model.to(device), checkpoint, args.video, layer.removeprefix("features."), target, args.method, device
     )
-    top = probabilities.argsort()[::-1][:3]
-    lines = [f"{classes[i]} {probabilities[i]:.0%}" for i in top]
-    print(f"{args.video}: {', '.join(lines)} (mean over the whole video)")
-    print(f"{args.method} of {classes[target]!r} at {layer}, {heat.shape[2]}x{heat.shape[1]} cells (WxH), "
-          f"largest value {heat.max():.3g}")  # fmt: skip
+    lines = [f"{classes[i]} {probabilities[i]:.0%}" for i in probabilities.argsort()[::-1][:3]]
+    print(f"{args.video}: {', '.join(lines)} (mean over the video)")
+    print(f"{args.method} for {classes[target]} at {layer}: {heat.shape[2]}x{heat.shape[1]} cells (WxH)")
     if not heat.max() > 0:
-        print(f"There is no positive evidence for {classes[target]!r} at this layer, so the map is blank.")
+        print(f"there is no positive evidence for {classes[target]} at {layer}, so the map is blank")
     lines.append(f"{args.method}: {classes[target]}")
-    render(args.video, output, heat, checkpoint["clip_fps"], checkpoint["size"], lines, args.alpha,
-           args.side_by_side == "True")  # fmt: skip
-    print(f"written      {output} and {output.with_suffix('.png')} (eight moments)")
+    render(
+        args.video,
+        output,
+        heat,
+        checkpoint["clip_fps"],
+        checkpoint["size"],
+        lines,
+        args.alpha,
+        args.side_by_side == "True",
+    )
+    print(f"written {output} and, with eight moments, {output.with_suffix('.png')}")
 
 
 if __name__ == "__main__":
     try:
         main(parse_args())
     except UserError as error:
-        print(f"HeatMap.py: {error}", file=sys.stderr)
+        sys.stderr.write(f"HeatMap.py: {error}\n")
         sys.exit(2)
     except KeyboardInterrupt:
+        sys.stderr.write("\nHeatMap.py: stopped, nothing was written\n")
         sys.exit(130)

@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import time
+from collections import Counter
 from contextlib import nullcontext
 from functools import partial
 from itertools import islice
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from Dataset import IMAGENET, KINETICS, ExerciseVideoDataModule, UserError, free_memory, normalize
+from Dataset import IMAGENET, KINETICS, ExerciseVideoDataModule, UserError, free_memory, normalize, pick_device
 from SparseModel import MODELS, MODES, build_model, kinetics_file, load_weights
 
 # Bytes a training step keeps for each pixel (T x H x W) of a clip, float32 on the CPU: tests/benchmark.py memory
@@ -128,15 +129,6 @@ def parse_args(argv=None):
     return args
 
 
-def pick_device(name):
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"the device {name} can't be used: {str(error).splitlines()[0]}") from error
-
-
 def pick_micro_batch(args, device):
     """A GPU takes the batch in one piece; the CPU the largest power of two that fits 5 GB (or half of the free RAM)."""
     if args.micro_batch or device.type != "cpu":
@@ -172,7 +164,6 @@ def save_checkpoint(state, path):
     """Atomic: a kill or a full disk leaves the file that was there before."""
     part = path.with_suffix(".part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
             torch.save(state, file)
             file.flush()
@@ -203,6 +194,10 @@ def evaluate(model, batches, n_batches, micro_batch, to_network, autocast):
 def main(args):
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
+    try:
+        args.checkpoint_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"checkpoints can't be saved in {args.checkpoint_dir}: {error.strerror}") from error
     data = ExerciseVideoDataModule(args.data, args.size, args.clip_len, args.clip_fps, args.batch_size, args.workers,
                                    args.cache_gb, args.debug, args.seed)  # fmt: skip
     data.setup()
@@ -230,20 +225,17 @@ def main(args):
     def to_network(clip):
         return normalize(clip.to(device, non_blocking=True), mean, std)
 
-    missing_weights = ""
+    warning = ""
     if args.model == "pretrained_resnet" and args.weights == "auto" and weights == "none":
-        missing_weights = (f"\n*** The Kinetics-400 weights could not be had, so the network starts from RANDOM weights and "
-                           f"needs far more videos.\n*** To change that put the file at {kinetics_file()}\n")  # fmt: skip
-    per_class = [[sum(s.label == i for s in part.segments) for part in (data.train_set, data.val_set)]
-                 for i in range(len(data.classes))]  # fmt: skip
-    print("\n".join(data.notes + [missing_weights] * bool(missing_weights)))
+        warning = (f"*** The Kinetics-400 weights could not be had: RANDOM weights need far more videos.\n"
+                   f"*** To change that, put the file at {kinetics_file()}\n")  # fmt: skip
+    train_count, val_count = (Counter(s.label for s in part.segments) for part in (data.train_set, data.val_set))
+    print("\n".join(data.notes + [warning]))
     print(f"device     {device}, {str(dtype).removeprefix('torch.')}")
     print(f"network    {args.model}, {sum(p.numel() for p in model.parameters()):,} parameters, weights: {weights}")
     print(f"clips      {args.clip_len} frames at {args.clip_fps:g} a second, {args.size[0]}x{args.size[1]} (WxH)")
-    print("videos     " + ", ".join(f"{c} {n}+{m}" for c, (n, m) in zip(data.classes, per_class, strict=True)))
-    print(
-        f"           {len(data.train_set)} for training + {len(data.val_set)} for validation, {len(data.classes)} classes"
-    )
+    print("videos     " + ", ".join(f"{c} {train_count[i]}+{val_count[i]}" for i, c in enumerate(data.classes)))
+    print(f"           {len(data.train_set)} to train and {len(data.val_set)} to validate, {len(data.classes)} classes")
     print(f"an epoch   {min(train_batches * args.batch_size, len(data.train_set))} clips in {train_batches} batches of "
           f"{args.batch_size}, {micro_batch} at a time")  # fmt: skip
 
@@ -306,7 +298,7 @@ def main(args):
             }
             save_checkpoint(state, path)
 
-    print(missing_weights, end="")
+    print(warning, end="")
     if args.debug:
         print("look at    debug_output/*.png: above as read, below as trained on; the same as videos beside them")
     print(f"best       val_top1 {best:.3f} of {val_clips} clips, saved in {path}")

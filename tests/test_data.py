@@ -12,8 +12,21 @@ from torch.utils.data import DataLoader
 
 import Dataset
 from Dataset import (
-    DEMO_EXERCISES, IMAGENET, ExerciseVideoDataModule, ExerciseVideoDataset, FrameCache, Segment, TrainTransform,
-    UserError, cover, kept, normalize, probe, read_frames, render_demo, render_demo_video, split_by_video,
+    DEMO_EXERCISES,
+    IMAGENET,
+    ExerciseVideoDataModule,
+    ExerciseVideoDataset,
+    Segment,
+    TrainTransform,
+    UserError,
+    cover,
+    kept,
+    normalize,
+    probe,
+    read_frames,
+    render_demo,
+    render_demo_video,
+    split_by_video,
 )  # fmt: skip
 
 
@@ -154,15 +167,16 @@ def test_the_cache_changes_nothing_and_freezes_nothing(folder):
     torch.manual_seed(0)
     first = [cached.train_set[0][0] for _ in range(4)]
     assert all((a == b).all() for a, b in zip(without, first, strict=True))  # the same draws, the same clips
-    assert cached.train_set.cache.filled[0].any()
+    assert cached.train_set.cache[0][1].any()
     assert not any((first[i] == first[j]).all() for i in range(4) for j in range(i))
 
 
-def test_a_cache_that_is_too_small_keeps_what_fits():
-    cache = FrameCache([(4, 3, 8, 8), (4, 3, 8, 8), (4, 3, 8, 8)], budget=2 * 4 * 3 * 64 + 5)
-    assert len(cache.frames) == 2 and cache.bytes == 2 * 4 * 3 * 64
-    cache.frames[1].fill_(7)
-    assert cache.frames[0].sum() == 0 and not cache.filled[1].any()
+def test_a_cache_that_is_too_small_keeps_what_fits(folder):
+    data, video = module(folder).train_set, 20 * 3 * 64 * 48  # 20 frames on the grid: 50 at 20 fps are 2.45 s
+    data.segments = [s._replace(height=64, width=48) for s in data.segments]
+    assert data.keep_in_memory(2 * video + 5) == 2 * video and len(data.cache) == 2
+    data.cache[1][0].fill_(7)
+    assert data.cache[0][0].sum() == 0 and not data.cache[1][1].any() and data.cache[1][1].shape == (20,)
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
@@ -170,7 +184,7 @@ def test_workers_fill_one_shared_cache(folder, context):
     data = module(folder, cache_gb=0.1)
     for _ in range(2):
         clips = [c for c, _ in DataLoader(data.val_set, 1, num_workers=1, multiprocessing_context=context)]
-    assert all(f[:16].any() for f in data.val_set.cache.filled)
+    assert all(filled.any() for _, filled in data.val_set.cache)
     assert all((data.val_set[i][0] == clip[0]).all() for i, clip in enumerate(clips))
 
 
@@ -285,7 +299,7 @@ def test_debug_writes_the_first_ten_samples_before_and_after(folder, tmp_path, m
     written = sorted(p.name for p in (tmp_path / "debug_output").iterdir())
     assert len(written) == 30 and sum(n.endswith("_orig.mp4") for n in written) == 10
     assert cv2.imread(f"debug_output/{written[0]}").shape[1] == 1600 and data.workers == 0
-    assert data.train_set.cache is None
+    assert not data.train_set.cache
 
 
 # -------------------------------------------------------------------------------------------------------- demo data

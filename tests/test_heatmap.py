@@ -315,7 +315,7 @@ def test_map_without_positive_evidence_is_blank_and_said_so(tmp_path, video, che
     code, stdout, _ = heatmap(
         "--video", video, "--checkpoint", tmp_path / "never.pt", "--output", output, "--target-class", "squat"
     )
-    assert code == 0 and "no positive evidence for 'squat'" in stdout
+    assert code == 0 and "no positive evidence for squat" in stdout
     frames = read_video(output)[0][:, 30:]  # below the lines of text
     assert abs(frames[:, :, :64] - frames[:, :, 64:]).mean() < 3
 
