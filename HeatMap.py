@@ -166,15 +166,16 @@ def overlay(frame, heat, box, alpha):
 
 
 def write_lines(frame, lines):
-    """White text with a black edge in the top left corner, sized to the frame, in place."""
+    """White text on a darkened box in the top left corner, sized to the frame, in place."""
     height, width = frame.shape[:2]
     longest = max(cv2.getTextSize(line, FONT, 1.0, 1)[0][0] for line in lines)
     scale = min(height / 640, 0.9 * width / longest, 1.5)
-    thick = max(1, round(1.5 * scale))
+    step, margin = int(32 * scale) + 1, int(10 * scale) + 1
+    box = frame[: step * len(lines) + margin, : int(longest * scale) + 2 * margin]
+    box[:] = box // 3
     for i, line in enumerate(lines):
-        origin = round(10 * scale), round(32 * scale * (i + 1))
-        for colour, width in ((0, 0, 0), thick + 2), ((255, 255, 255), thick):
-            cv2.putText(frame, line, origin, FONT, scale, colour, width, cv2.LINE_AA)
+        origin = margin, step * (i + 1) - margin // 2
+        cv2.putText(frame, line, origin, FONT, scale, (255, 255, 255), 1, cv2.LINE_AA)
     return frame
 
 
@@ -203,7 +204,7 @@ def render(path, output, heat, fps, size, lines, alpha, side_by_side):
                 raise UserError(f"{path} changes its frame size at {video.time:.1f} s")
             writer.write(picture)
             if video.time * fps >= (len(strip) + 0.5) / 8 * len(heat) - 1 and len(strip) < 8:
-                column, scale = np.vstack([frame, shown]), 240 / frame.shape[0]
+                column, scale = np.vstack([frame, shown]), 320 / frame.shape[0]
                 strip.append(cv2.resize(column, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA))
             bar.update()
         writer.release()

@@ -104,7 +104,7 @@ def parse_args(argv=None):
         "0: all on a GPU, what fits into 5 GB on the CPU",
     )
     add("--optimizer", choices=("adamw", "sgd"), default="adamw", help="update rule")
-    add("--lr", type=at_least(0, float), default=0.002, help="peak learning rate; about 0.05 suits sgd")
+    add("--lr", type=at_least(0, float), default=0.003, help="peak learning rate; about 0.05 suits sgd")
     add("--weight-decay", type=at_least(0, float), default=0.02, help="on convolutions and the last layer")
     add(
         "--warmup",

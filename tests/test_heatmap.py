@@ -278,7 +278,7 @@ def test_script_writes_a_video_like_its_source(tmp_path, video, checkpoints, nam
     frames, fps = read_video(output)
     assert frames.shape == (39, 96, width, 3) and fps == pytest.approx(15, abs=0.1)
     strip = cv2.imread(str(output.with_suffix(".png")))
-    assert strip.shape == (480, 8 * 160, 3)  # eight columns of two pictures, 240 pixels high
+    assert strip.shape == (640, 8 * 213, 3)  # eight columns of two pictures, 320 pixels high
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["clip.mp4", "why.png", f"why{suffix}"])
     if width == 128:
         source = read_video(video)[0]
@@ -301,7 +301,7 @@ def test_video_shorter_than_a_clip(tmp_path, checkpoints, heatmap, n):
     )
     assert code == 0, stderr
     assert read_video(output)[0].shape == (n, 96, 128, 3)
-    assert cv2.imread(str(output.with_suffix(".png"))).shape == (480, 8 * 160, 3)
+    assert cv2.imread(str(output.with_suffix(".png"))).shape == (640, 8 * 213, 3)
 
 
 def test_map_without_positive_evidence_is_blank_and_said_so(tmp_path, video, checkpoints, heatmap):
