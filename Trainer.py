@@ -39,9 +39,7 @@ def boolean(text):
 def width_x_height(text):
     match = re.fullmatch(r"(\d+)x(\d+)", text)
     if not match or min(map(int, match.groups())) < 32:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a size like 300x400 (width x height, each at least 32 pixels)"
-        )
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size like 300x400 (width x height, from 32 pixels)")
     return tuple(map(int, match.groups()))
 
 
@@ -62,62 +60,37 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    memory = free_memory() / 1e10
     add = parser.add_argument_group("data").add_argument
-    add(
-        "--data",
-        default="data/demo",
-        help="folder with a sub-folder of videos a class; data/demo is rendered if missing",
-    )
+    add("--data", default="data/demo", help="folder with a folder of videos a class; the demo is rendered if missing")
     add("--size", type=width_x_height, default="300x400", metavar="WxH", help="width x height of the clips in pixels")
     add("--clip-len", type=at_least(1), default=16, help="length of a clip in frames")
     add("--clip-fps", type=at_least(0.1, float), default=8.0, help="frames a second of a clip, whatever the file has")
-    add("--workers", type=at_least(0), default=4, help="loader processes; none in debug mode")
-    add(
-        "--cache-gb",
-        type=at_least(0, float),
-        default=free_memory() / 1e10,
-        help="RAM for decoded frames in GB, at first 10 %% of what is free; none in debug mode",
-    )
+    add("--workers", type=at_least(0), default=4, help="loader processes; 0 in debug mode")
+    add("--cache-gb", type=at_least(0, float), default=memory, help="GB of RAM for decoded frames; 0 in debug mode")
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=MODELS, default=MODELS[0], help="network")
     add("--mode", choices=MODES, default=MODES[0], help="mobilenet_v2_3d: halve time like space, or keep all frames")
     add("--width-mult", type=at_least(0.05, float), default=1.0, help="mobilenet_v2_3d: factor on the channels")
-    add(
-        "--weights", default="auto", help="first weights: none, kinetics, auto (kinetics where it can be had) or a file"
-    )
+    add("--weights", default="auto", help="start from: none, kinetics, auto (kinetics where it can be had), or a file")
     add = parser.add_argument_group("training").add_argument
     add(
         "--debug",
         type=boolean,
         default=False,
         metavar="True|False",
-        help="1 epoch of 5 %% of the batches, 0 workers; "
-        "samples before and after augmentation and the checkpoint go to debug_output/",
+        help="5 %% of one epoch, pictures in debug_output/",
     )
-    add("--epochs", type=at_least(1), default=10, help="passes over the training videos")
+    add("--epochs", type=at_least(1), default=10, help="passes over the training videos; 1 in debug mode")
     add("--batch-size", type=at_least(1), default=16, help="clips an update")
     add(
-        "--micro-batch",
-        type=at_least(0),
-        default=0,
-        help="clips computed at a time, whose gradients add up to the batch; "
-        "0: all on a GPU, what fits into 5 GB on the CPU",
+        "--micro-batch", type=at_least(0), default=0, help="clips computed at a time; 0: all, on the CPU what fits 5 GB"
     )
     add("--optimizer", choices=("adamw", "sgd"), default="adamw", help="update rule")
     add("--lr", type=at_least(0, float), default=0.003, help="peak learning rate; about 0.05 suits sgd")
     add("--weight-decay", type=at_least(0, float), default=0.02, help="on convolutions and the last layer")
-    add(
-        "--warmup",
-        type=at_least(0, float),
-        default=1.0,
-        help="epochs up to the peak; then half a cosine down to 1 %% of it",
-    )
-    add(
-        "--label-smoothing",
-        type=at_least(0, float),
-        default=0.1,
-        help="share of the target spread over all classes, 0 to 1",
-    )
+    add("--warmup", type=at_least(0, float), default=3.0, help="epochs up to the peak, then a cosine to 1 %% of it")
+    add("--label-smoothing", type=at_least(0, float), default=0.1, help="share of the target for all classes, 0 to 1")
     add("--clip-grad", type=at_least(0, float), default=5.0, help="largest norm of the gradient; 0: no limit")
     add("--amp", type=boolean, default=True, metavar="True|False", help="mixed precision on CUDA")
     add("--device", default="auto", help="cuda, cuda:1, mps or cpu; auto: the first of these that is there")
