@@ -454,15 +454,14 @@ DEMO_EXERCISES = {
     "high_knees": ("side", "hip", "", 0.45, [STAND, (-4, 0, (-40, 35), (30, 130), (105, 0), (-5, 0), (75, 90))]),
     "side_bend": ("front", "ankle", "", 0.9, [(33, 8, (132, 196), (168, 222), 14, 9, 90)]),
 }
-JOINTS = {  # and the flesh around each, in body heights: the lowest one lies on the floor
-    "shoulder": 0.065, "elbow": 0.03, "hand": 0.03, "hip": 0.065, "knee": 0.04, "ankle": 0.03, "toe": 0.03, "neck": 0,
-    "head": 0.06, "face": 0, "pelvis": 0, "bar": 0, "bar end": 0}
+JOINTS = dict(shoulder=0.065, elbow=0.03, hand=0.03, hip=0.065, knee=0.04, ankle=0.03, toe=0.03, neck=0, head=0.06,
+    face=0, pelvis=0, bar=0, bar_end=0)  # with the flesh around each, in body heights: the lowest one lies on the floor
 BODY = {  # strokes from joint to joint: width in body heights, colour
     "arm": [("elbow", "hand", 0.05, "skin"), ("hand", "hand", 0.065, "skin"), ("shoulder", "elbow", 0.07, "sleeves")],
     "leg": [("ankle", "toe", 0.055, "shoes"), ("knee", "ankle", 0.07, "socks"), ("hip", "knee", 0.092, "trousers")],
     "trunk": [("hip", "shoulder", 0.1, "shirt"), ("pelvis", "neck", 0.12, "shirt")],
     "head": [("neck", "head", 0.055, "skin"), ("head", "head", 0.13, "hair"), ("face", "face", 0.1, "skin")],
-    "dumbbells": [("bar", "bar end", 0.03, "hub"), *((end, end, 0.08, "iron") for end in ("bar", "bar end"))],
+    "dumbbells": [("bar", "bar_end", 0.03, "hub"), *((end, end, 0.08, "iron") for end in ("bar", "bar_end"))],
     "barbell": [("hand", "hand", 0.19, "iron"), ("hand", "hand", 0.05, "hub")], "": []}
 COLOURS = {  # hue (degrees), saturation and value: the lowest and the highest
     "skin": [(12, 0.3, 0.5), (28, 0.55, 1)], "hair": [(10, 0.1, 0.05), (40, 0.7, 0.35)], "hub": [(0, 0, 0.8)] * 2,
@@ -474,7 +473,6 @@ COLOURS = {  # hue (degrees), saturation and value: the lowest and the highest
 
 
 def draw_colours(rng):
-    """A random BGR colour (0..255) for each name."""
     hsv = rng.uniform(*np.moveaxis(list(COLOURS.values()), 1, 0))[None].astype(np.float32)
     return dict(zip(COLOURS, 255 * cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)[0].astype(float), strict=True))
 

@@ -231,19 +231,6 @@ def choose(name, names, what):
     raise UserError(f"there is no {what} {name!r}: choose one of {', '.join(names)}")
 
 
-def newest_checkpoint():
-    found = sorted(Path("checkpoints").glob("*.pt"), key=lambda p: p.stat().st_mtime)
-    if not found:
-        raise UserError("there is no checkpoint in checkpoints/: make one with python Trainer.py --debug False")
-    return found[-1]
-
-
-def opacity(text):
-    if not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return float(text)
-
-
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -253,7 +240,7 @@ def parse_args(argv=None):
     add("--target-class", help="name or index of the class to explain (default: the predicted one)")
     add("--layer", help="stage of the network whose map is shown (default: the last one before the classifier)")
     add("--output", type=Path, help=".webm plays in browsers, .mp4 only on desktops (default: <video>_<method>.webm)")
-    add("--alpha", type=opacity, default=0.6, help="opacity of the heat, 0 to 1 (default: %(default)s)")
+    add("--alpha", type=float, default=0.6, help="opacity of the heat, 0 to 1 (default: %(default)s)")
     add(
         "--side-by-side",
         choices=("True", "False"),
@@ -265,7 +252,11 @@ def parse_args(argv=None):
 
 
 def main(args):
-    checkpoint_path = args.checkpoint or newest_checkpoint()
+    saved = sorted(Path("checkpoints").glob("*.pt"), key=lambda path: path.stat().st_mtime)
+    if not (args.checkpoint or saved):
+        raise UserError("there is no checkpoint in checkpoints/: make one with python Trainer.py --debug False")
+    if not 0 <= args.alpha <= 1:
+        raise UserError(f"--alpha {args.alpha} is not between 0 and 1")
     output = args.output or Path(f"{args.video.stem}_{args.method}.webm")
     if output.suffix not in CODECS:
         raise UserError(f"{output} ends in {output.suffix or 'nothing'}: the output is .webm or .mp4")
@@ -274,7 +265,7 @@ def main(args):
     if output.resolve() == args.video.resolve():
         raise UserError(f"{output} is the video itself: give --output another name")
     VideoReader(args.video)  # a wrong path is said before the network is loaded
-    model, checkpoint = load_checkpoint(checkpoint_path)
+    model, checkpoint = load_checkpoint(args.checkpoint or saved[-1])
     device = pick_device(args.device)
     layers = [f"features.{name}" for name, _ in model.features.named_children()]
     layer = layers[choose(args.layer, layers, "layer")] if args.layer else layers[-1]

@@ -29,11 +29,11 @@ BYTES_PER_PIXEL = {"standard": 900, "high_temporal": 2100, "pretrained_resnet": 
 
 
 def boolean(text):
-    if text.lower() in ("true", "1", "yes", "y", "on"):
-        return True
-    if text.lower() in ("false", "0", "no", "n", "off"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    """argparse's own type=bool takes any text, "False" too, for true."""
+    values = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return values[text.lower()]
 
 
 def width_x_height(text):
@@ -60,7 +60,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    memory = free_memory() / 1e10
+    memory = round(free_memory() / 1e10, 1)
     add = parser.add_argument_group("data").add_argument
     add("--data", default="data/demo", help="folder with a folder of videos a class; the demo is rendered if missing")
     add("--size", type=width_x_height, default="300x400", metavar="WxH", help="width x height of the clips in pixels")
@@ -148,11 +148,11 @@ def save_checkpoint(state, path):
 
 
 @torch.inference_mode()
-def evaluate(model, batches, n_batches, micro_batch, to_network, autocast):
+def evaluate(model, loader, n_batches, micro_batch, to_network, autocast):
     """(top-1 accuracy 0..1, mean cross-entropy, number of clips), one centred clip a video."""
     model.eval()
     correct, loss, n = 0, 0.0, 0
-    bar = tqdm(batches, "  validate", n_batches, unit="batch", leave=False)
+    bar = tqdm(islice(loader, n_batches), "  validate", n_batches, unit="batch", leave=False)
     for clips, labels in bar:
         for clip, label in zip(clips.split(micro_batch), labels.split(micro_batch), strict=True):
             with autocast():
@@ -237,20 +237,10 @@ def main(args):
             seen += len(labels)
             bar.set_postfix(loss=f"{loss_sum / seen:.3f}", top1=f"{correct / seen:.1%}", lr=f"{lr:.1e}",
                             clips_s=f"{seen / (time.time() - started):.1f}")  # fmt: skip
-        val_top1, val_loss, val_clips = evaluate(
-            model, islice(val_loader, val_batches), val_batches, micro_batch, to_network, autocast
-        )
-        metrics = {
-            "train_loss": loss_sum / seen,
-            "train_top1": correct / seen,
-            "val_loss": val_loss,
-            "val_top1": val_top1,
-        }
-        print(
-            f"epoch {epoch + 1}: "
-            + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items())
-            + f", {time.time() - started:.0f} s"
-        )
+        val_top1, val_loss, val_clips = evaluate(model, val_loader, val_batches, micro_batch, to_network, autocast)
+        metrics = dict(train_loss=loss_sum / seen, train_top1=correct / seen, val_loss=val_loss, val_top1=val_top1)
+        summary = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+        print(f"epoch {epoch + 1}: {summary}, {time.time() - started:.0f} s")
         if val_top1 > best:
             best = val_top1
             state = {  # plain dicts, lists, numbers, strings and tensors: it loads with weights_only=True
