@@ -95,7 +95,7 @@ class DepthwiseBackward(torch.autograd.Function):
                 if by_taps:
                     place = grad_x[i : i + n, :, met].transpose(1, 2)
                     frames_grad = frames_grad.unflatten(0, (len(place), -1))
-                    # tap 1 reaches every frame; with stride 2 the even ones, and tap 2 is the first to reach the odd ones
+                    # tap 1 reaches every frame; with stride 2 the even ones, and tap 2 is the first at the odd ones
                     place.copy_(frames_grad) if k == 1 or (k == 2 and s == 2) else place.add_(frames_grad)
         return grad_x, grad_weight, None
 

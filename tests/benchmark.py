@@ -1,0 +1,125 @@
+"""Speed and memory of the network beside the same network in plain PyTorch. Run by hand; pytest does not.
+
+    python tests/benchmark.py model      # training step and inference, seconds a clip and ratios; about 10 minutes
+    python tests/benchmark.py memory     # bytes a clip in training, and the resident memory of a step
+
+"plain" is the same table with nn.Conv3d everywhere in the default memory format: what public MobileNetV2-3D
+implementations are. The two run in turn in one process; figures are medians, with the smallest and largest behind them.
+"""
+
+import argparse
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import nn
+
+from SparseModel import DepthwiseConv3d, SparseModel, build_model, fold_batch_norm
+
+
+def plain(mode="standard"):
+    model = SparseModel(mode=mode).to(memory_format=torch.contiguous_format)
+    for module in model.modules():
+        if isinstance(module, DepthwiseConv3d):
+            module.__class__ = nn.Conv3d
+    model.forward = lambda clip: model.head(model.features(clip))
+    return model
+
+
+def seconds(function, device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def in_turn(functions, rounds, device):
+    """{name: seconds of each round}; the functions run one after the other in each round, after one to warm up."""
+    times = {name: [] for name in functions}
+    for i in range(rounds + 1):
+        for name, function in functions.items():
+            spent = seconds(function, device)
+            if i:
+                times[name].append(spent)
+    return times
+
+
+def row(what, batch, times):
+    (_, slow), (_, fast) = times.items()
+    cells = [f"{statistics.median(t) / batch:.3f} ({min(t) / batch:.3f} to {max(t) / batch:.3f})" for t in (slow, fast)]
+    print(f"| {what} | {' | '.join(cells)} | {statistics.median(slow) / statistics.median(fast):.1f}x |", flush=True)
+
+
+def model(device, rounds):
+    print(f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads, n = {rounds}, seconds a clip\n")
+    print("| 16 frames, HxW | plain | ours | ratio |\n| --- | --- | --- | --- |")
+    for mode, H, W, batch in [
+        ("standard", 128, 128, 4), ("standard", 224, 224, 2), ("standard", 400, 300, 2), ("high_temporal", 128, 128, 4),
+    ]:  # fmt: skip
+        clip = torch.randn(batch, 3, 16, H, W, device=device)
+        label = torch.randint(17, (batch,), device=device)
+        networks = {"plain": plain(mode).to(device), "ours": SparseModel(mode=mode).to(device)}
+
+        def step(net, clip=clip, label=label):
+            net.zero_grad()
+            nn.functional.cross_entropy(net(clip), label).backward()
+
+        times = in_turn({name: lambda net=net: step(net) for name, net in networks.items()}, rounds, device)
+        row(f"training step, {H}x{W}, {mode}, batch {batch}", batch, times)
+        networks["plain"].eval()
+        networks["ours"] = fold_batch_norm(networks["ours"])
+        with torch.inference_mode():
+            calls = {name: lambda net=net, clip=clip: net(clip) for name, net in networks.items()}
+            times = in_turn(calls, rounds, device)
+        row(f"inference, {H}x{W}, {mode}, batch {batch}", batch, times)
+
+
+def peak(name, batch, H, W):
+    """Resident memory in bytes of a process that makes two training steps."""
+    net = {"plain": plain, "pretrained_resnet": lambda: build_model(name, 17)}.get(
+        name, lambda: SparseModel(mode=name)
+    )()
+    for _ in range(2):
+        clip = torch.randn(batch, 3, 16, H, W)
+        nn.functional.cross_entropy(net(clip), torch.zeros(batch, dtype=torch.long)).backward()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def memory():
+    print("| network | 16 frames, HxW | batch 1, GB resident | batch 3 | GB a clip | bytes a pixel |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for name in ("plain", "standard", "high_temporal", "pretrained_resnet"):
+        for H, W in ((200, 150), (400, 300)):
+            command = [sys.executable, __file__, "peak", "--net", name, "--size", f"{W}x{H}", "--batch"]
+            one, three = (int(subprocess.check_output([*command, str(b)], env=os.environ)) for b in (1, 3))
+            clip = (three - one) / 2
+            print(f"| {name} | {H}x{W} | {one / 1e9:.2f} | {three / 1e9:.2f} | {clip / 1e9:.2f} | "
+                  f"{clip / (16 * H * W):.0f} |", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("model", "memory", "peak"))
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default: %(default)s)")
+    parser.add_argument("--net", default="standard", help="of one process of `memory` (default: %(default)s)")
+    parser.add_argument("--size", default="300x400", help="WxH of one process of `memory` (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=1, help="of one process of `memory` (default: %(default)s)")
+    args = parser.parse_args()
+    if args.what == "model":
+        model(args.device, args.rounds)
+    elif args.what == "memory":
+        memory()
+    else:
+        width, height = map(int, args.size.split("x"))
+        peak(args.net, args.batch, height, width)
