@@ -22,7 +22,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from Dataset import UserError, VideoReader, cover, normalize, open_writer, pick_device, resize
-from SparseModel import build_model, read_state
+from SparseModel import build_model, fold_batch_norm, read_state
 
 METHODS = ("gradcam", "hirescam")
 CODECS = {".webm": "VP80", ".mp4": "mp4v"}  # VP8 plays in browsers; mp4v writes 12 times faster but does not
@@ -273,7 +273,13 @@ def main(args):
     target = choose(args.target_class, classes, "class") if args.target_class else None
 
     heat, probabilities, target = explain_video(
-        model.to(device), checkpoint, args.video, layer.removeprefix("features."), target, args.method, device
+        fold_batch_norm(model).to(device),
+        checkpoint,
+        args.video,
+        layer.removeprefix("features."),
+        target,
+        args.method,
+        device,
     )
     lines = [f"{classes[i]} {probabilities[i]:.0%}" for i in probabilities.argsort()[::-1][:3]]
     print(f"{args.video}: {', '.join(lines)} (mean over the video)")

@@ -25,7 +25,7 @@ from Dataset import IMAGENET, KINETICS, ExerciseVideoDataModule, UserError, free
 from SparseModel import MODELS, MODES, build_model, kinetics_file, load_weights
 
 # Bytes a training step keeps for each pixel (T x H x W) of a clip, float32 on the CPU: tests/benchmark.py memory
-BYTES_PER_PIXEL = {"standard": 900, "high_temporal": 2100, "pretrained_resnet": 1300}
+BYTES_PER_PIXEL = {"standard": 1700, "high_temporal": 4000, "pretrained_resnet": 2000}
 
 
 def boolean(text):
@@ -271,8 +271,9 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except UserError as error:
-        sys.stderr.write(f"Trainer.py: {error}\n")
+    except UserError as error:  # from a loader process it comes with a traceback in front of the sentence
+        sentence = str(error).splitlines()[-1].removeprefix("Dataset.UserError: ")
+        sys.stderr.write(f"Trainer.py: {sentence}\n")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.stderr.write("\nTrainer.py: stopped; the best epoch so far stays in the checkpoint folder\n")

@@ -2,6 +2,9 @@
 
     python tests/benchmark.py model      # training step and inference, seconds a clip and ratios; about 10 minutes
     python tests/benchmark.py memory     # bytes a clip in training, and the resident memory of a step
+    python tests/benchmark.py scaling    # how the cost of a step grows with clips, pixels and frames
+    python tests/benchmark.py precision  # top-1 of checkpoints/mobilenet_v2_3d.pt on data/demo, float32 to float16
+    python tests/benchmark.py learning   # seconds to 90 % on the demo, plain and ours, same recipe; about 30 minutes
 
 "plain" is the same table with nn.Conv3d everywhere in the default memory format: what public MobileNetV2-3D
 implementations are. The two run in turn in one process; figures are medians, with the smallest and largest behind them.
@@ -18,9 +21,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
 import torch
 from torch import nn
 
+import Trainer
+from Dataset import ExerciseVideoDataModule, normalize
+from HeatMap import load_checkpoint
 from SparseModel import DepthwiseConv3d, SparseModel, build_model, fold_batch_norm
 
 
@@ -84,6 +91,62 @@ def model(device, rounds):
         row(f"inference, {H}x{W}, {mode}, batch {batch}", batch, times)
 
 
+def scaling(device, rounds):
+    """Exponent of seconds against size: the slope of a line through the logarithms of four sizes."""
+    start = {"clips": 2, "frames": 16, "height": 96, "width": 96}
+    for axis, sizes in (
+        ("clips", (2, 4, 8, 16)), ("frames", (8, 16, 32, 64)), ("pixels", (64, 96, 128, 192)),
+    ):  # fmt: skip
+        spent, amount = [], []
+        for size in sizes:
+            shape = start | ({"height": size, "width": size} if axis == "pixels" else {axis: size})
+            clip = torch.randn(shape["clips"], 3, shape["frames"], shape["height"], shape["width"], device=device)
+            net = SparseModel().to(device)
+            call = {"step": lambda net=net, clip=clip: net(clip).sum().backward()}
+            spent.append(statistics.median(in_turn(call, rounds, device)["step"]))
+            amount.append(clip.numel())
+        slope = np.polyfit(np.log(amount), np.log(spent), 1)[0]
+        print(f"{axis} {sizes}: {', '.join(f'{t:.3f}' for t in spent)} s, exponent {slope:.2f}", flush=True)
+
+
+def precision(device):
+    """Top-1 on the demo's validation clips, and how often it agrees with float32."""
+    trained, checkpoint = load_checkpoint("checkpoints/mobilenet_v2_3d.pt")
+    data = ExerciseVideoDataModule(size=tuple(checkpoint["size"]), workers=0)
+    data.setup()
+    clips = [(normalize(c, checkpoint["mean"], checkpoint["std"]), label) for c, label in data.val_dataloader()]
+    labels, first = torch.cat([label for _, label in clips]), None
+    for name, net, dtype in (
+        ("float32", trained, torch.float32), ("float32, folded", fold_batch_norm(trained), torch.float32),
+        ("bfloat16, folded", fold_batch_norm(trained), torch.bfloat16),
+        ("float16, folded", fold_batch_norm(trained), torch.float16),
+    ):  # fmt: skip
+        net.to(device, dtype)
+        with torch.inference_mode():
+            top = torch.cat([net(clip.to(device, dtype)).argmax(1).cpu() for clip, _ in clips])
+        first = top if first is None else first
+        print(f"{name}: top-1 {(top == labels).sum()}/{len(labels)}, as float32 {(top == first).sum()}/{len(labels)}")
+
+
+def learning():
+    """Seconds of training, validation included, until top-1 on unseen people reaches 90 %: the README's recipe."""
+    for name in ("ours", "plain"):
+        start, reached = time.time(), []
+
+        def stop_at_90(state, path, start=start, reached=reached):
+            if state["metrics"]["val_top1"] >= 0.9:
+                reached.extend([state["epoch"], time.time() - start])
+                raise StopIteration
+
+        Trainer.save_checkpoint = stop_at_90
+        Trainer.build_model = build_model if name == "ours" else lambda *_: plain()
+        try:
+            Trainer.main(Trainer.parse_args(["--size", "72x96", "--epochs", "40", "--checkpoint-dir", "/tmp"]))
+        except StopIteration:
+            pass
+        print(f"{name}: 90 % after {reached[0]} epochs, {reached[1]:.0f} s" if reached else f"{name}: not reached")
+
+
 def peak(name, batch, H, W):
     """Resident memory in bytes of a process that makes two training steps."""
     net = {"plain": plain, "pretrained_resnet": lambda: build_model(name, 17)}.get(
@@ -109,17 +172,20 @@ def memory():
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("model", "memory", "peak"))
+    parser.add_argument("what", choices=("model", "memory", "scaling", "precision", "learning", "peak"))
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default: %(default)s)")
     parser.add_argument("--net", default="standard", help="of one process of `memory` (default: %(default)s)")
     parser.add_argument("--size", default="300x400", help="WxH of one process of `memory` (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=1, help="of one process of `memory` (default: %(default)s)")
     args = parser.parse_args()
-    if args.what == "model":
-        model(args.device, args.rounds)
-    elif args.what == "memory":
-        memory()
-    else:
+    if args.what == "peak":
         width, height = map(int, args.size.split("x"))
         peak(args.net, args.batch, height, width)
+    else:
+        parts = {
+            "model": (args.device, args.rounds),
+            "scaling": (args.device, args.rounds),
+            "precision": (args.device,),
+        }
+        globals()[args.what](*parts.get(args.what, ()))

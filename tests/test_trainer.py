@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -188,6 +189,25 @@ def test_kinetics_weights_come_from_the_cache_or_their_absence_is_said_loudly(fo
     done = run(*common, cwd=tmp_path, TORCH_HOME=str(tmp_path))
     assert done.returncode == 0 and "weights: kinetics" in done.stdout and "RANDOM" not in done.stdout
     assert torch.load(saved, weights_only=True)["weights"] == "kinetics"
+
+
+def test_a_video_that_breaks_later_is_named_without_a_traceback(folder, tmp_path):
+    """The loader process raises; the script prints its sentence alone."""
+    shutil.copytree(folder, tmp_path / "videos")
+    program = (
+        "import sys, runpy, Dataset; setup = Dataset.ExerciseVideoDataModule.setup\n"
+        "def broken(self):\n"
+        "    setup(self)\n"
+        "    [s.path.unlink() for s in self.train_set.segments]\n"
+        "Dataset.ExerciseVideoDataModule.setup = broken\n"
+        "runpy.run_path(sys.argv.pop(1), run_name='__main__')"
+    )
+    flags = ["--data", "videos", "--epochs", "1", *TINY[:-4], "--workers", "1"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(ROOT / "Trainer.py"), *flags], cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert fails_with(done, "videos/", "does not exist")
 
 
 @pytest.mark.parametrize("flags, words", [
