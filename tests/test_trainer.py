@@ -175,6 +175,20 @@ def test_full_run_saves_a_checkpoint_that_gives_the_same_logits(folder, tmp_path
     assert math.isfinite(checkpoint["metrics"]["val_loss"]) and checkpoint["metrics"]["val_top1"] in (0.0, 0.5, 1.0)
 
 
+def test_the_other_flags_reach_the_run_and_the_seed_fixes_it(folder, tmp_path):
+    flags = "--mode high_temporal --width-mult 0.5 --clip-fps 5 --optimizer sgd --lr 0.01 --weight-decay 0 --warmup 0"
+    flags += " --label-smoothing 0 --clip-grad 0 --amp False --cache-gb 0 --epochs 1 --seed"
+    runs = []
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        arguments = [*TINY, "--data", str(folder), "--checkpoint-dir", str(tmp_path / name), *flags.split(), str(seed)]
+        Trainer.main(Trainer.parse_args(arguments))
+        runs.append(torch.load(tmp_path / name / "mobilenet_v2_3d.pt", weights_only=True))
+    assert runs[0]["model_args"] == {"num_classes": 2, "mode": "high_temporal", "width_mult": 0.5}
+    assert runs[0]["clip_fps"] == 5.0 and runs[0]["model"]["features.0.0.weight"].shape[0] == 16
+    same = [all((a["model"][k] == runs[0]["model"][k]).all() for k in a["model"]) for a in runs]
+    assert same == [True, True, False]
+
+
 def test_kinetics_weights_come_from_the_cache_or_their_absence_is_said_loudly(folder, tmp_path):
     common = ["Trainer.py", "--debug", "True", "--model", "pretrained_resnet", "--data", folder, *TINY]
     done = run(*common, cwd=tmp_path, TORCH_HOME=str(tmp_path))
