@@ -25,7 +25,7 @@ from Dataset import IMAGENET, KINETICS, ExerciseVideoDataModule, UserError, free
 from SparseModel import MODELS, MODES, build_model, kinetics_file, load_weights
 
 # Bytes a training step keeps for each pixel (T x H x W) of a clip, float32 on the CPU: tests/benchmark.py memory
-BYTES_PER_PIXEL = {"standard": 1700, "high_temporal": 4000, "pretrained_resnet": 2000}
+BYTES_PER_PIXEL = {"standard": 1700, "high_temporal": 2800, "pretrained_resnet": 2000}
 
 
 def boolean(text):

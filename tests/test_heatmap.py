@@ -352,6 +352,7 @@ def damaged(folder, checkpoints, kind):
         ("--output", "folder.mp4", ["folder.mp4"]),
         ("--output", "clip.mp4", ["clip.mp4"]),  # the source itself
         ("--device", "abacus", ["abacus"]),
+        ("--alpha", "2", ["--alpha 2.0"]),
     ],
 )
 def test_error_is_one_sentence_and_leaves_nothing_behind(tmp_path, video, checkpoints, heatmap, flag, value, said):
