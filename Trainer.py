@@ -1,8 +1,8 @@
 """Train a 3D CNN to recognise exercises in video.
 
-python Trainer.py --debug True                                            # look at the data and its augmentation
-python Trainer.py --debug False --model mobilenet_v2_3d --epochs 10       # train on the demo data
-python Trainer.py --debug False --model pretrained_resnet --epochs 10 --data my_videos     # my_videos/<class>/*.mp4
+    python Trainer.py --debug True                                            # look at the data and its augmentation
+    python Trainer.py --debug False --model mobilenet_v2_3d --epochs 10       # train on the demo data
+    python Trainer.py --debug False --model pretrained_resnet --epochs 10 --data my_videos     # my_videos/<class>/*.mp4
 """
 
 import argparse
