@@ -4,7 +4,7 @@
     python tests/benchmark.py memory     # bytes a clip in training, and the resident memory of a step
     python tests/benchmark.py scaling    # how the cost of a step grows with clips, pixels and frames
     python tests/benchmark.py precision  # top-1 of checkpoints/mobilenet_v2_3d.pt on data/demo, float32 to float16
-    python tests/benchmark.py learning   # seconds to 90 % on the demo, plain and ours, same recipe; about 30 minutes
+    python tests/benchmark.py learning   # seconds to 90 % on the demo, plain and ours, same recipe; about 15 minutes
 
 "plain" is the same table with nn.Conv3d everywhere in the default memory format: what public MobileNetV2-3D
 implementations are. The two run in turn in one process; figures are medians, with the smallest and largest behind them.
