@@ -25,7 +25,7 @@ from Dataset import UserError, VideoReader, cover, normalize, open_writer, pick_
 from SparseModel import build_model, fold_batch_norm, read_state
 
 METHODS = ("gradcam", "hirescam")
-CODECS = {".webm": "VP80", ".mp4": "mp4v"}  # VP8 plays in browsers; mp4v writes 12 times faster but does not
+CODECS = {".webm": "VP80", ".mp4": "mp4v"}  # VP8 plays in browsers; mp4v is faster to write but does not
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 
 

@@ -55,7 +55,7 @@ class DepthwiseBackward(torch.autograd.Function):
     In channels_last_3d a clip is a stack of channels_last frames, and frame t * stride + k - 1 of the input meets frame
     t of the output through tap k of the kernel in time. So the gradients are sums over three taps of 2D depthwise
     gradients; and with stride 1 the input's gradient is the output's gradient convolved with the mirrored kernel.
-    On the CPU 2 to 6 times faster than the library's 3D backward, the same values (tests/benchmark.py model).
+    The same values as the library's 3D backward; tests/benchmark.py model measures what it gains on the CPU.
     """
 
     @staticmethod
@@ -205,7 +205,7 @@ class SparseModel(VideoClassifier):
 def fold_batch_norm(model):
     """A copy of a trained model in eval mode whose batch norms are part of the convolutions before them.
 
-    Same stages, same outputs up to rounding, for inference only: 1.5 times faster on the CPU.
+    Same stages, same outputs up to rounding, for inference only.
     """
     model = copy.deepcopy(model).eval()
     for block in [m for m in model.modules() if isinstance(m, nn.Sequential)]:
