@@ -155,7 +155,7 @@ def evaluate(model, loader, n_batches, micro_batch, to_network, autocast):
     model.eval()
     correct, loss, n = 0, 0.0, 0
     bar = tqdm(islice(loader, n_batches), "  validate", n_batches, unit="batch", leave=False)
-    for clips, labels in bar:
+    for clips, labels, _ in bar:
         for clip, label in zip(clips.split(micro_batch), labels.split(micro_batch), strict=True):
             with autocast():
                 logits = model(to_network(clip)).float().cpu()
@@ -219,7 +219,7 @@ def main(args):
         model.train()
         started, seen, loss_sum, correct = time.time(), 0, 0.0, 0
         bar = tqdm(islice(train_loader, train_batches), f"epoch {epoch + 1}/{args.epochs}", train_batches, unit="batch")
-        for step, (clips, labels) in enumerate(bar, start=epoch * train_batches):
+        for step, (clips, labels, _) in enumerate(bar, start=epoch * train_batches):
             lr = learning_rate(step, train_batches, args)
             for group in optimizer.param_groups:
                 group["lr"] = lr
