@@ -2,13 +2,14 @@
 
     data = ExerciseVideoDataModule("my_videos", size=(300, 400))     # my_videos/<class>/*.mp4
     data.setup()
-    for clips, labels in data.train_dataloader():                    # uint8 (B, T, C, H, W), int64 (B,)
+    for clips, labels, items in data.train_dataloader():             # uint8 (B, T, C, H, W), int64 (B,), int64 (B,)
         logits = model(normalize(clips.to(device), mean, std))
 
 Clips stay uint8, RGB, (T, C, H, W), until they are on the device that trains: a quarter of the bytes in every copy, and
 converting to float first made the augmentation 3.5 times slower. Sizes are (W, H) in pixels, as in 300x400.
 """
 
+import math
 import mmap
 import os
 import random
@@ -25,7 +26,7 @@ os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -201,22 +202,39 @@ def shared_bytes(shapes):
     return [part.view(shape) for part, shape in zip(block[:-1].split(sizes), shapes, strict=True)]
 
 
-class ExerciseVideoDataset(Dataset):
-    """Items: clip uint8 (T, C, H, W) of `clip_len` frames on a time grid of `clip_fps`, whatever the file has; label.
+def spread(room, count):
+    """At most `count` starts from 0 to `room`, evenly apart, one of them in the middle: room // 2."""
+    starts = [round(room * k / (count - 1)) for k in range(count)] if count > 1 else [0]
+    starts[min(range(count), key=lambda k: abs(starts[k] - room // 2))] = room // 2
+    return sorted(set(starts))
 
-    Training: random start and augmentation, new in every epoch. Validation: the clip in the middle, cropped at the
-    centre. A segment shorter than a clip is looped: holding its last frame would turn a squat into a held squat.
-    With `debug_dir` the first 10 samples are written there, before and after augmentation.
+
+class ExerciseVideoDataset(Dataset):
+    """Items: (clip, label, i); the clip is uint8 (T, C, H, W), `clip_len` frames on a time grid of `clip_fps`.
+
+    An item is asked for by its number i, or by (i, seed): then start and augmentation come from that seed alone, the
+    same in any process, and the global random state stays as it was.
+
+    Training: an item a segment, with random start and augmentation. Validation: `clips_per_video` items a segment,
+    from its start to its end, cropped at the centre. A segment shorter than a clip is looped: holding its last frame
+    would turn a squat into a held squat. `items` lists (number of the segment, first frame on the grid or None for a
+    random one, whether that is the clip in the middle). With `debug_dir` the first 10 samples are written there, before
+    and after augmentation.
     """
 
-    def __init__(self, segments, size, clip_len=16, clip_fps=8.0, training=False, debug_dir=None):
+    def __init__(self, segments, size, clip_len=16, clip_fps=8.0, training=False, debug_dir=None, clips_per_video=1):
         self.segments, self.size, self.clip_len, self.clip_fps = segments, size, clip_len, clip_fps
         self.training, self.debug_dir, self.cache = training, debug_dir, []
         self.transform = TrainTransform(size) if training else v2.CenterCrop((size[1], size[0]))
+        self.items = [(index, None, False) for index in range(len(segments))]
+        if not training:
+            rooms = [max(0, self.grid_len(index) - clip_len) for index in range(len(segments))]
+            self.items = [(index, start, start == room // 2) for index, room in enumerate(rooms)
+                          for start in spread(room, clips_per_video)]  # fmt: skip
         self.saved = 0  # debug samples
 
     def __len__(self):
-        return len(self.segments)
+        return len(self.items)
 
     def grid_len(self, index):
         """Number of frames of the time grid in a segment, at least 1."""
@@ -245,16 +263,21 @@ class ExerciseVideoDataset(Dataset):
             filled[grid] = 1
         return read
 
-    def __getitem__(self, index):
+    def __getitem__(self, item):
+        if isinstance(item, tuple):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(item[1])
+                return self[item[0]]
+        index, start, _ = self.items[item]
         n = self.grid_len(index)
-        room = max(0, n - self.clip_len)
-        start = int(torch.randint(room + 1, ())) if self.training else room // 2
+        if start is None:
+            start = int(torch.randint(max(0, n - self.clip_len) + 1, ()))
         grid = torch.arange(start, start + min(n, self.clip_len))
         frames = self.read(index, grid)[torch.arange(self.clip_len) % len(grid)]
         clip = self.transform(frames)
         if self.debug_dir is not None and self.saved < 10:
             self._save_debug_sample(index, frames, clip)
-        return clip, self.segments[index].label
+        return clip, self.segments[index].label, item
 
     def _save_debug_sample(self, index, frames, clip):
         """Both videos, and a contact sheet with every second frame: above as read, below as trained on."""
@@ -281,6 +304,41 @@ class ExerciseVideoDataset(Dataset):
         for frame in clip.permute(0, 2, 3, 1).numpy():
             writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
         writer.release()
+
+
+class EpochBatches(Sampler):
+    """Batches of one process of `world`, drawn anew in each `epoch`, which whoever trains sets before it starts.
+
+    Training (shuffle): lists of (i, seed) for `ExerciseVideoDataset`. The batches of an epoch differ by at most one
+    clip in size, so that none of a few clips spoils the batch norm, and each process takes its part of every one of
+    them. Validation: numbers i, of every world-th item. Over all processes each i comes once. Raises UserError if
+    there are more processes than clips in a batch.
+    """
+
+    def __init__(self, n, batch_size, seed, shuffle, rank=0, world=1):
+        self.n, self.batch_size, self.seed, self.shuffle = n, batch_size, seed, shuffle
+        self.rank, self.world = rank, world
+        self.epoch = 0
+        if shuffle and (smallest := n // max(1, len(self))) < world:
+            raise UserError(f"{world} processes share batches of {smallest} clips: start fewer, or raise --batch-size")
+
+    def __len__(self):
+        if self.shuffle:
+            return math.ceil(self.n / self.batch_size)
+        return math.ceil(len(range(self.rank, self.n, self.world)) / max(1, self.batch_size // self.world))
+
+    def __iter__(self):
+        if self.shuffle:
+            rng = random.Random(f"{self.seed} {self.epoch}")
+            items = [(i, rng.getrandbits(63)) for i in rng.sample(range(self.n), self.n)]
+            return (share(share(items, k, len(self)), self.rank, self.world) for k in range(len(self)))
+        items = list(range(self.rank, self.n, self.world))
+        return (share(items, k, len(self)) for k in range(len(self)))
+
+
+def share(items, k, parts):
+    """The k-th of `parts` neighbouring pieces whose lengths differ by at most one."""
+    return items[len(items) * k // parts : len(items) * (k + 1) // parts]
 
 
 def open_writer(path, fourcc, fps, size):
@@ -335,20 +393,24 @@ class ExerciseVideoDataModule:
         size: (W, H) of the clips in pixels. clip_len: frames. clip_fps: frames a second of the clip's time grid.
         workers: loader processes; the seed's 4, none in debug mode.
         cache_gb: RAM for decoded frames, in GB; 0, and debug mode, turn the cache off.
-    After `setup()`: `classes` (names), `train_set`, `val_set`, `notes` (sentences for the user, one for each bad file).
+        clips_per_video: clips of each video in validation. rank, world: which of how many training processes this is.
+    After `setup()`: `classes` (names), `train_set`, `val_set`, `test_set` (None if there is none), and `notes`
+    (sentences for the user, one for each bad file).
     Raises UserError if the folder can't be used.
     """
 
     def __init__(self, data="data/demo", size=(300, 400), clip_len=16, clip_fps=8.0, batch_size=16, workers=4,
-                 cache_gb=1.0, debug=False, seed=0):  # fmt: skip
+                 cache_gb=1.0, debug=False, seed=0, background_ratio=0.3, clips_per_video=3, rank=0,
+                 world=1):  # fmt: skip
         self.data, self.size, self.clip_len, self.clip_fps = Path(data), size, clip_len, clip_fps
-        self.batch_size, self.debug, self.seed = batch_size, debug, seed
+        self.batch_size, self.debug, self.seed, self.background_ratio = batch_size, debug, seed, background_ratio
+        self.clips_per_video, self.rank, self.world = clips_per_video, rank, world
         self.workers, self.cache_gb = (0, 0.0) if debug else (workers, cache_gb)
         self.debug_dir = Path("debug_output") if debug else None
 
     def find_videos(self):
         """(train, val) as {class name: [videos]}. Another layout of the data folder would be told apart here."""
-        if self.data == Path("data/demo") and not self.data.exists():
+        if self.data == Path("data/demo") and not self.data.exists() and self.rank == 0:
             render_demo(self.data)
         if not self.data.is_dir():
             raise UserError(f"{self.data} is not a folder: --data takes a folder with a sub-folder of videos a class")
@@ -368,7 +430,8 @@ class ExerciseVideoDataModule:
             raise UserError(f"{self.data}/val has a class {unknown[0]} that {self.data}/train does not have")
         parts = [[(p, i) for i, c in enumerate(self.classes) for p in part.get(c, [])] for part in found]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            checks = tqdm(pool.map(probe_segment, sum(parts, [])), "checking videos", sum(map(len, parts)), unit="file")
+            checks = tqdm(pool.map(probe_segment, sum(parts, [])), "checking videos", sum(map(len, parts)), unit="file",
+                          disable=self.rank > 0)  # fmt: skip
             segments, bad = [], []
             for segment in checks:
                 (bad if isinstance(segment, str) else segments).append(segment)
@@ -389,7 +452,8 @@ class ExerciseVideoDataModule:
             self.debug_dir.mkdir(exist_ok=True)
         common = self.size, self.clip_len, self.clip_fps
         self.train_set = ExerciseVideoDataset(train, *common, training=True, debug_dir=self.debug_dir)
-        self.val_set = ExerciseVideoDataset(val, *common)
+        self.val_set = ExerciseVideoDataset(val, *common, clips_per_video=self.clips_per_video)
+        self.test_set = None
         budget = int(1e9 * self.cache_gb)
         self.train_set.keep_in_memory(budget - self.val_set.keep_in_memory(budget))
 
@@ -399,8 +463,12 @@ class ExerciseVideoDataModule:
     def val_dataloader(self):
         return self._loader(self.val_set, shuffle=False)
 
+    def test_dataloader(self):
+        return self._loader(self.test_set, shuffle=False)
+
     def _loader(self, dataset, shuffle):
-        return DataLoader(dataset, self.batch_size, shuffle, num_workers=self.workers, worker_init_fn=ignore_interrupt,
+        batches = EpochBatches(len(dataset), self.batch_size, self.seed, shuffle, self.rank, self.world)
+        return DataLoader(dataset, batch_sampler=batches, num_workers=self.workers, worker_init_fn=ignore_interrupt,
                           persistent_workers=self.workers > 0, pin_memory=torch.cuda.is_available())  # fmt: skip
 
 

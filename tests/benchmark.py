@@ -114,7 +114,7 @@ def precision(device):
     trained, checkpoint = load_checkpoint("checkpoints/mobilenet_v2_3d.pt")
     data = ExerciseVideoDataModule(size=tuple(checkpoint["size"]), workers=0)
     data.setup()
-    clips = [(normalize(c, checkpoint["mean"], checkpoint["std"]), label) for c, label in data.val_dataloader()]
+    clips = [(normalize(c, checkpoint["mean"], checkpoint["std"]), label) for c, label, _ in data.val_dataloader()]
     labels, first = torch.cat([label for _, label in clips]), None
     for name, net, dtype in (
         ("float32", trained, torch.float32), ("float32, folded", fold_batch_norm(trained), torch.float32),

@@ -14,6 +14,7 @@ import Dataset
 from Dataset import (
     DEMO_EXERCISES,
     IMAGENET,
+    EpochBatches,
     ExerciseVideoDataModule,
     ExerciseVideoDataset,
     Segment,
@@ -99,8 +100,76 @@ def test_a_header_that_promises_more_frames_than_there_are_is_not_believed(tmp_p
 def test_a_short_video_is_looped_and_never_black(tmp_path, n):
     write_video(tmp_path / "v.mp4", numbered(1000)[600 : 600 + n], 8)
     data = ExerciseVideoDataset([Segment(tmp_path / "v.mp4", 0, 0.0, probe(tmp_path / "v.mp4")[0], 48, 96)], (96, 48))
-    clip, _ = data[0]
+    clip, *_ = data[0]
     assert numbers(clip) == [600 + k % n for k in range(16)]
+
+
+# ----------------------------------------------------------------------------------------------- items and batches
+
+
+def test_validation_takes_clips_from_the_start_to_the_end_and_the_middle():
+    def items(seconds, clips):
+        data = ExerciseVideoDataset([Segment("v", 0, 0.0, seconds, 48, 96)], (96, 48), clips_per_video=clips)
+        return [(start, centred) for _, start, centred in data.items]
+
+    # 8 frames a second: 10 s are 81 frames, which leave room for 65 starts after 0
+    assert items(10.0, 1) == [(32, True)]
+    assert items(10.0, 3) == [(0, False), (32, True), (65, False)]
+    assert items(10.0, 5) == [(0, False), (16, False), (32, True), (49, False), (65, False)]
+    assert items(1.0, 3) == [(0, True)] and items(2.0, 3) == [(0, True), (1, False)]
+    two = ExerciseVideoDataset([Segment("v", 0, 0.0, 10.0, 48, 96)] * 2, (96, 48), training=True, clips_per_video=3)
+    assert two.items == [(0, None, False), (1, None, False)]
+
+
+def test_a_seeded_item_is_the_same_anywhere_and_leaves_the_global_state_alone(folder):
+    data = module(folder).train_set
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    clip, label, i = data[2, 7]
+    assert (torch.rand(3) == expected).all() and (label, i) == (data.segments[2].label, 2)
+    assert (data[2, 7][0] == clip).all() and not (data[2, 8][0] == clip).all()
+    batches = [[(2, 7), (3, 1)], [(0, 5), (2, 7)]]
+    for workers in (0, 2):
+        got = list(DataLoader(data, batch_sampler=batches, num_workers=workers))
+        assert (got[0][0][0] == clip).all() and (got[1][0][1] == clip).all() and got[1][2].tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("n, batch_size, world", [(50, 16, 1), (50, 16, 3), (33, 16, 2), (7, 3, 2), (16, 16, 4)])
+def test_batches_hold_every_clip_once_in_nearly_equal_parts(n, batch_size, world):
+    ranks = [EpochBatches(n, batch_size, 0, True, rank, world) for rank in range(world)]
+    epochs = []
+    for epoch in range(2):
+        for batches in ranks:
+            batches.epoch = epoch
+        parts = [list(batches) for batches in ranks]
+        assert all(len(part) == len(ranks[0]) == -(-n // batch_size) for part in parts)
+        whole = [sum((part[k] for part in parts), []) for k in range(len(ranks[0]))]  # the ranks' parts in their order
+        assert whole == list(EpochBatches(n, batch_size, 0, True)) or epoch
+        assert sorted(i for batch in whole for i, _ in batch) == list(range(n))
+        sizes = [len(batch) for batch in whole]
+        assert max(sizes) <= batch_size and max(sizes) - min(sizes) <= 1 and len({s for b in whole for _, s in b}) == n
+        epochs.append(whole)
+    assert epochs[0] != epochs[1] and list(EpochBatches(n, batch_size, 1, True)) != epochs[0]
+    parts = [list(EpochBatches(n, batch_size, 0, False, rank, world)) for rank in range(world)]
+    assert [sum(part, []) for part in parts] == [list(range(n))[rank::world] for rank in range(world)]
+    assert all(0 < len(batch) <= max(1, batch_size // world) for part in parts for batch in part)
+
+
+def test_more_processes_than_clips_in_a_batch_are_refused():
+    with pytest.raises(UserError, match="3 processes"):
+        EpochBatches(20, 2, 0, True, 0, 3)
+
+
+def test_the_train_loader_draws_anew_in_each_epoch_and_the_same_again(folder):
+    loader = module(folder, workers=1).train_dataloader()
+    seen = {}
+    for epoch in (0, 1, 0):
+        loader.batch_sampler.epoch = epoch
+        clips, items = zip(*((c, i) for c, _, i in loader), strict=True)
+        drawn = torch.cat(clips)[torch.cat(items).argsort()]
+        assert drawn.shape == (8, 16, 3, 64, 48) and (seen.setdefault(epoch, drawn) == drawn).all()
+    assert all((a != b).any() for a, b in zip(seen[0], seen[1], strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------- augmentation
@@ -183,7 +252,7 @@ def test_a_cache_that_is_too_small_keeps_what_fits(folder):
 def test_workers_fill_one_shared_cache(folder, context):
     data = module(folder, cache_gb=0.1)
     for _ in range(2):
-        clips = [c for c, _ in DataLoader(data.val_set, 1, num_workers=1, multiprocessing_context=context)]
+        clips = [c for c, *_ in DataLoader(data.val_set, 1, num_workers=1, multiprocessing_context=context)]
     assert all(filled.any() for _, filled in data.val_set.cache)
     assert all((data.val_set[i][0] == clip[0]).all() for i, clip in enumerate(clips))
 
