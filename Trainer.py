@@ -35,7 +35,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from Dataset import IMAGENET, KINETICS, ExerciseVideoDataModule, UserError, free_memory, normalize, pick_device
+from Dataset import IMAGENET, KINETICS, ExerciseVideoDataModule, UserError, free_memory, normalize, pick_device, share
 from HeatMap import load_checkpoint
 from SparseModel import MODELS, MODES, build_model, fold_batch_norm, kinetics_file, load_weights
 
@@ -429,8 +429,8 @@ def main(args):
             report(confusion, data.classes, args.evaluate.with_name(f"{args.evaluate.stem}_{part}_confusion"))
         return
 
-    train_loader, val_loader, share = data.train_dataloader(), data.val_dataloader(), 0.05 if args.debug else 1.0
-    train_batches, val_batches = (max(1, round(share * len(loader))) for loader in (train_loader, val_loader))
+    train_loader, val_loader, part = data.train_dataloader(), data.val_dataloader(), 0.05 if args.debug else 1.0
+    train_batches, val_batches = (max(1, round(part * len(loader))) for loader in (train_loader, val_loader))
     model.features.requires_grad_(not args.freeze)
     class_weights = data.class_weights().to(device) if args.class_weights == "inverse" else None
     criterion = nn.CrossEntropyLoss(class_weights, reduction="sum", label_smoothing=args.label_smoothing)
@@ -467,8 +467,7 @@ def main(args):
             lr = learning_rate(epoch * train_batches + step, train_batches, args)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["factor"]
-            n, n_batches = len(data.train_set), len(train_loader)
-            whole = n // n_batches + (step < n % n_batches)  # clips of this batch in all processes: EpochBatches
+            whole = len(share(range(len(data.train_set)), step, len(train_loader)))  # clips of the batch, all processes
             while True:
                 sums = gradients(net, to_logits, criterion, clips, labels, micro_batch, world / whole, scaler)
                 if sums is not None:

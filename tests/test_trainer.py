@@ -161,7 +161,8 @@ def test_memory_that_runs_out_halves_the_micro_batch_and_repeats_the_step(folder
     Trainer.main(Trainer.parse_args([*flags, str(tmp_path / "b"), "--micro-batch", "4"]))
     a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in "ab")
     assert b["args"]["micro_batch"] == 2 and all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
-    monkeypatch.setattr(VideoClassifier, "forward", lambda self, clip: small_memory(self, clip.repeat(3, 1, 1, 1, 1)))
+    repeats = lambda self, clip: small_memory(self, clip.repeat(3, 1, 1, 1, 1) if self.training else clip)  # noqa: E731
+    monkeypatch.setattr(VideoClassifier, "forward", repeats)
     with pytest.raises(UserError, match="--micro-batch 1"):
         Trainer.main(Trainer.parse_args([*flags, str(tmp_path / "c")]))
 
@@ -317,21 +318,29 @@ def test_a_failed_save_leaves_the_old_checkpoint_and_no_rest(tmp_path):
 
 
 def test_two_processes_train_like_one(folder, tmp_path):
-    """Each takes half of every batch, so one process with half a batch at a time makes the same update."""
-    flags = [*TINY, "--batch-size", "6", "--data", str(folder), "--epochs", "2", "--cache-gb", "0"]
-    flags += ["--lr", "0.01", "--warmup", "0", "--optimizer", "sgd", "--checkpoint-dir"]
-    Trainer.main(Trainer.parse_args([*flags, str(tmp_path / "one"), "--micro-batch", "2"]))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*torchrun, str(ROOT / "Trainer.py"), *flags, str(tmp_path / "two")], cwd=tmp_path,
-                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    """Each takes half of every batch, so one process with half a batch at a time makes the same update.
+
+    Without dropout, which the processes draw apart. What is left is rounding, and the running averages of batch norm:
+    one process moves them with each half in turn, two average what each saw.
+    """
+    program = "import Trainer, torch\ntorch.nn.Dropout.forward = lambda self, x: x\nTrainer.main(Trainer.parse_args())"
+    (tmp_path / "without_dropout.py").write_text(program)
+    flags = [*TINY, "--batch-size", "6", "--data", str(folder), "--epochs", "3", "--cache-gb", "0"]
+    flags += ["--lr", "0.01", "--warmup", "0", "--optimizer", "sgd", "--micro-batch", "2", "--checkpoint-dir"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for name, launcher in (("one", []), ("two", torchrun)):
+        command = [sys.executable, *launcher, "without_dropout.py", *flags, name]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
+                              env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})  # fmt: skip
+        assert done.returncode == 0, done.stderr
     assert "2 processes" in done.stdout and done.stdout.count("epoch 2:") == 1
     one, two = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("one", "two"))
     for name, value in one["model"].items():
         if "running" not in name and "num_batches" not in name:
-            torch.testing.assert_close(two["model"][name], value, rtol=1e-3, atol=1e-4, msg=name)
+            assert (two["model"][name] - value).abs().max() < 1e-4 * value.abs().max(), name
     for a, b in zip(one["history"], two["history"], strict=True):
-        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4) and a["train_top1"] == b["train_top1"]
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5) and a["train_top1"] == b["train_top1"]
+        assert a["val_loss"] == pytest.approx(b["val_loss"], rel=0.02)
 
 
 # ------------------------------------------------------------------------------------------- the scripts as a whole
