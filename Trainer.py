@@ -540,5 +540,6 @@ if __name__ == "__main__":
         sys.stderr.write(f"Trainer.py: {sentence}\n")
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.stderr.write("\nTrainer.py: stopped; whole epochs are kept: go on with the same command and --resume\n")
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write("\nTrainer.py: stopped; whole epochs are kept: go on with the same command and --resume\n")
         sys.exit(130)
