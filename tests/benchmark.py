@@ -29,13 +29,13 @@ from torch import nn
 import Trainer
 from Dataset import DEMO_EXERCISES, ExerciseVideoDataModule, normalize
 from HeatMap import load_checkpoint
-from SparseModel import DepthwiseConv3d, SparseModel, build_model, fold_batch_norm
+from SparseModel import Conv3d, SparseModel, build_model, fold_batch_norm
 
 
 def plain(mode="standard"):
     model = SparseModel(mode=mode).to(memory_format=torch.contiguous_format)
     for module in model.modules():
-        if isinstance(module, DepthwiseConv3d):
+        if isinstance(module, Conv3d):
             module.__class__ = nn.Conv3d
     model.forward = lambda clip: model.head(model.features(clip))
     return model
