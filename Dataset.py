@@ -9,12 +9,16 @@ Clips stay uint8, RGB, (T, C, H, W), until they are on the device that trains: a
 converting to float first made the augmentation 3.5 times slower. Sizes are (W, H) in pixels, as in 300x400.
 """
 
+import csv
+import filecmp
+import gzip
+import json
 import math
-import mmap
 import os
 import random
 import shutil
 import signal
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
@@ -26,7 +30,7 @@ os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -69,7 +73,9 @@ class VideoReader:
         if not self.cap.grab():
             return False
         time = self.cap.get(cv2.CAP_PROP_POS_MSEC) / 1000
-        self.time = time if time > self.time else self.time + 1 / self.fps  # AVI with B-frames reports 0 at times
+        # AVI with B-frames reports 0 at times, and in damaged files times jump by hours
+        believable = self.time is None or 0 < time - self.time < 60
+        self.time = time if believable else self.time + 1 / self.fps
         return True
 
     def frame(self):
@@ -81,8 +87,8 @@ class VideoReader:
 
     def jump_before(self, time):
         """Continue from some frame before `time`, checked by that frame's own time, else from the start."""
-        for back in (1, 4, 16):
-            self.time = -1.0
+        for back in (0.2, 1, 4, 16):
+            self.time = None  # whatever the next frame says
             if time > back and self.cap.set(cv2.CAP_PROP_POS_MSEC, 1000 * (time - back)):
                 if self.grab() and 0 < self.time <= time:
                     return
@@ -101,6 +107,14 @@ def probe(path):
     while video.grab():
         pass
     return max(video.time, 0.0), height, width
+
+
+def frame_times(path):
+    """The time in seconds of every frame, float64 (n,): one pass over the file that converts none of them."""
+    video, times = VideoReader(path), []
+    while video.grab():
+        times.append(video.time)
+    return np.array(times)
 
 
 def read_frames(path, times):
@@ -156,20 +170,32 @@ def resize(frames, size):
 
 
 class TrainTransform:
-    """Random zoom and shift, mirror, tilt: one draw for all frames of a clip. uint8 (T, C, h, w) -> (T, C, H, W)."""
+    """Random zoom and shift, mirror, tilt: one draw for all frames of a clip. uint8 (T, C, h, w) -> (T, C, H, W).
+
+    Draws and means what v2.RandomResizedCrop, v2.RandomHorizontalFlip and v2.RandomRotation do one after the other. But
+    the three are one affine map, and OpenCV makes one pass over the pixels where v2 makes several, some in float.
+    """
 
     def __init__(self, size):
-        self.size = size
-        grey = [round(255 * m) for m in IMAGENET[0]]  # the corners that a rotation leaves empty: 0 for the network
-        self.flip = v2.RandomHorizontalFlip(p=0.5)
-        self.rotate = v2.RandomRotation(10, v2.InterpolationMode.BILINEAR, fill=grey)
+        self.size, self.rotation = size, v2.RandomRotation(10)
+        self.grey = [round(255 * m) for m in IMAGENET[0]]  # for corners that a rotation leaves empty: 0 to the network
 
     def __call__(self, frames):
         W, H = self.size
         # 60 to 100 % of the largest box of the target's shape, its aspect within 10 %, so that people are not squeezed
         whole = W * H / (frames.shape[-2] * frames.shape[-1])
         crop = v2.RandomResizedCrop((H, W), scale=(0.6 * whole, whole), ratio=(0.9 * W / H, 1.1 * W / H))
-        return self.rotate(self.flip(crop(frames)))
+        top, left, h, w = crop.make_params([frames]).values()
+        mirror = -1 if torch.rand(1) < 0.5 else 1
+        angle = self.rotation.make_params([frames])["angle"]
+        # From the box to the clip, between centres of pixels: stretch about the middle, then turn about it
+        stretch = np.array([[mirror * W / w, 0], [0, H / h]])
+        turn = cv2.getRotationMatrix2D((0, 0), angle, 1)[:, :2] @ stretch
+        shift = np.array([W - 1, H - 1]) / 2 - turn @ (np.array([w - 1, h - 1]) / 2)
+        clip = np.empty((len(frames), H, W, 3), np.uint8)
+        for image, out in zip(frames.permute(0, 2, 3, 1)[:, top : top + h, left : left + w].numpy(), clip, strict=True):
+            cv2.warpAffine(image, np.column_stack([turn, shift]), (W, H), out, borderValue=self.grey)
+        return torch.from_numpy(clip).permute(0, 3, 1, 2)
 
 
 def normalize(clips, mean, std):
@@ -192,14 +218,21 @@ class Segment(NamedTuple):
     width: int
 
 
-def shared_bytes(shapes):
-    """uint8 tensors of zeros in one block of memory that forked and spawned workers share.
+def shared_bytes(count):
+    """uint8 zeros (count,) that forked and spawned workers share.
 
-    The block is anonymous: a crash leaves nothing behind, and pages are taken only when something is written to them.
+    On Linux it is memory without a name: a crash leaves no file behind, a small /dev/shm does not limit it, and pages
+    are taken only when something is written to them.
     """
-    sizes = [int(np.prod(shape)) for shape in shapes]
-    block = torch.frombuffer(mmap.mmap(-1, sum(sizes) + 1), dtype=torch.uint8)
-    return [part.view(shape) for part, shape in zip(block[:-1].split(sizes), shapes, strict=True)]
+    if not hasattr(os, "memfd_create"):
+        return torch.zeros(count, dtype=torch.uint8).share_memory_()
+    fd = os.memfd_create("clips")
+    try:
+        os.ftruncate(fd, max(1, count))
+        block = torch.UntypedStorage._new_shared_fd_cpu(fd, max(1, count))  # what torch's own workers do with /dev/shm
+        return torch.empty(0, dtype=torch.uint8).set_(block)[:count]
+    finally:
+        os.close(fd)
 
 
 def spread(room, count):
@@ -224,7 +257,7 @@ class ExerciseVideoDataset(Dataset):
 
     def __init__(self, segments, size, clip_len=16, clip_fps=8.0, training=False, debug_dir=None, clips_per_video=1):
         self.segments, self.size, self.clip_len, self.clip_fps = segments, size, clip_len, clip_fps
-        self.training, self.debug_dir, self.cache = training, debug_dir, []
+        self.training, self.debug_dir, self.cache = training, debug_dir, {}
         self.transform = TrainTransform(size) if training else v2.CenterCrop((size[1], size[0]))
         self.items = [(index, None, False) for index in range(len(segments))]
         if not training:
@@ -243,24 +276,43 @@ class ExerciseVideoDataset(Dataset):
     def keep_in_memory(self, budget):
         """Keep decoded and resized frames, as they come and before any augmentation, for all workers together.
 
-        Segments beyond `budget` bytes are decoded every time. Returns the number of bytes that may be taken.
+        Files beyond `budget` bytes are decoded every time. Returns the number of bytes that may be taken.
         """
-        shapes = [(self.grid_len(i), 3, *kept(s.height, s.width, self.size)) for i, s in enumerate(self.segments)]
-        total = np.cumsum([np.prod(shape) for shape in shapes])
-        n = int((total <= budget).sum())
-        self.cache = list(zip(shared_bytes(shapes[:n]), shared_bytes([shape[:1] for shape in shapes[:n]]), strict=True))
-        return int(total[n - 1]) if n else 0
+        grids, frames, filled = {}, 0, 0
+        for i, s in enumerate(self.segments):
+            grids.setdefault((s.path, *kept(s.height, s.width, self.size)), set()).update(self.file_grid(i).tolist())
+        for (path, h, w), grid in grids.items():
+            if frames + len(grid) * h * w * 3 > budget:
+                break
+            slots = torch.zeros(
+                max(grid) + 1, dtype=torch.int64
+            )  # windows of a recording overlap, and some are not used
+            slots[sorted(grid)] = torch.arange(len(grid))
+            self.cache[path] = slots, (frames, len(grid), h, w, 3), filled
+            frames, filled = frames + len(grid) * h * w * 3, filled + len(grid)
+        self.frames, self.filled = shared_bytes(frames), shared_bytes(filled)
+        return frames
+
+    def file_grid(self, index):
+        """Numbers of a segment's frames on the time grid of its file."""
+        first = round(self.segments[index].start * self.clip_fps)
+        return torch.arange(first, first + self.grid_len(index))
 
     def read(self, index, grid):
-        """Resized frames at the numbers `grid` (ascending) of a segment's time grid -> uint8 (T, C, h, w)."""
-        segment = self.segments[index]
-        frames, filled = self.cache[index] if index < len(self.cache) else (None, None)
-        if filled is not None and filled[grid].all():
-            return frames[grid]
-        read = resize(read_frames(segment.path, (segment.start + grid / self.clip_fps).tolist()), self.size)
-        if filled is not None:
-            frames[grid] = read
-            filled[grid] = 1
+        """Resized frames at the numbers `grid` (ascending) of a file's time grid -> uint8 (T, C, h, w)."""
+        path, _, _, _, height, width = self.segments[index]
+        if path in self.cache:
+            slots, (start, *shape), first = self.cache[path]
+            frames = self.frames[start : start + math.prod(shape)].view(shape)
+            if self.filled[first + slots[grid]].all():
+                return frames[slots[grid]].permute(0, 3, 1, 2)
+        read = read_frames(path, (grid / self.clip_fps).tolist())
+        if read.shape[2:] != (height, width):
+            raise UserError(f"{path} has another frame size at {grid[0] / self.clip_fps:.1f} s than at its start")
+        read = resize(read, self.size)
+        if path in self.cache:
+            frames[slots[grid]] = read.permute(0, 2, 3, 1)
+            self.filled[first + slots[grid]] = 1
         return read
 
     def __getitem__(self, item):
@@ -272,7 +324,7 @@ class ExerciseVideoDataset(Dataset):
         n = self.grid_len(index)
         if start is None:
             start = int(torch.randint(max(0, n - self.clip_len) + 1, ()))
-        grid = torch.arange(start, start + min(n, self.clip_len))
+        grid = self.file_grid(index)[start : start + self.clip_len]
         frames = self.read(index, grid)[torch.arange(self.clip_len) % len(grid)]
         clip = self.transform(frames)
         if self.debug_dir is not None and self.saved < 10:
@@ -281,8 +333,8 @@ class ExerciseVideoDataset(Dataset):
 
     def _save_debug_sample(self, index, frames, clip):
         """Both videos, and a contact sheet with every second frame: above as read, below as trained on."""
-        path = self.segments[index].path
-        stem = self.debug_dir / f"{self.saved:02d}_{path.parent.name}_{path.stem}"
+        path, label, start, *_ = self.segments[index]
+        stem = self.debug_dir / f"{self.saved:02d}_class{label}_{path.stem}_{start:g}s"
         self._save_debug_video(frames, f"{stem}_orig.mp4")
         self._save_debug_video(normalize(clip[None], *IMAGENET)[0], f"{stem}_aug.mp4")  # as the network gets it
         rows = frames[::2], v2.functional.center_crop(clip, list(frames.shape[-2:]))[::2]
@@ -304,6 +356,17 @@ class ExerciseVideoDataset(Dataset):
         for frame in clip.permute(0, 2, 3, 1).numpy():
             writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
         writer.release()
+
+
+def open_writer(path, fourcc, fps, size):
+    """A cv2.VideoWriter for frames of `size` = (W, H) that is known to be open; UserError naming the path if not."""
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*fourcc), fps, size)
+    if not writer.isOpened():
+        raise UserError(f"{path} can't be written as video: check that the folder exists and may be written to")
+    return writer
+
+
+# ----------------------------------------------------------------------------------------------------------- batch
 
 
 class EpochBatches(Sampler):
@@ -341,62 +404,191 @@ def share(items, k, parts):
     return items[len(items) * k // parts : len(items) * (k + 1) // parts]
 
 
-def open_writer(path, fourcc, fps, size):
-    """A cv2.VideoWriter for frames of `size` = (W, H) that is known to be open; UserError naming the path if not."""
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*fourcc), fps, size)
-    if not writer.isOpened():
-        raise UserError(f"{path} can't be written as video: check that the folder exists and may be written to")
-    return writer
+def collate(samples):
+    """Samples -> clips uint8 (B, T, C, H, W) with channels innermost in memory, labels int64 (B,), items int64 (B,).
+
+    From a worker the clips travel in memory of `shared_bytes`: a batch of 16 at 300x400 is 92 MB, more than the 64 MB
+    that /dev/shm, where torch would put them, has in many containers.
+    """
+    clips, labels, items = zip(*samples, strict=True)
+    images = [clip.permute(0, 2, 3, 1) for clip in clips]
+    shape = len(images), *images[0].shape
+    batch = torch.stack(images, out=shared_bytes(math.prod(shape)).view(shape) if get_worker_info() else None)
+    return batch.permute(0, 1, 4, 2, 3), torch.tensor(labels), torch.tensor(items)
 
 
-# ----------------------------------------------------------------------------------------------------- data module
+def start_worker(_):
+    """Ctrl-C is for the main process, which ends the workers; without this each of them prints a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+
+
+# ----------------------------------------------------------------------------------------------------------- layout
+
+LAYOUTS = """{0}/<class>/<id>.mp4 (optionally with {0}/split.csv), or {0}/videos/<id>.mp4 with \
+{0}/labels/<id>.csv (in each line a frame's number first and its label last, -1 for no exercise)"""
+PARTS = "train", "val", "test"
+UNLABELLED = -(2**31)
+
+
+def read_table(path, header=None):
+    """Rows of a csv file as lists of texts; below `header`, two names, if that is given. UserError naming the file."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = [[cell.strip() for cell in row] for row in csv.reader(file) if row]
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{path} can't be read as comma-separated text: {error}") from error
+    if header and (rows[:1] != [header] or min(map(len, rows)) < 2):
+        raise UserError(f"{path} should begin with the line {','.join(header)} and hold two columns")
+    return rows[1:] if header else rows
+
+
+def videos_in(folder):
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in CONTAINERS and p.is_file())
 
 
 def class_folders(root):
-    """{class name: [videos]} for the folders below `root` that hold videos, both sorted by name."""
+    """[(video, class)] of root/<class>/*; hidden folders, and whatever else is there, are passed over."""
     folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    found = {f.name: sorted(p for p in f.iterdir() if p.suffix.lower() in CONTAINERS and p.is_file()) for f in folders}
-    return {name: videos for name, videos in found.items() if videos}
+    return [(video, folder.name) for folder in folders for video in videos_in(folder)]
 
 
-def split_by_video(found, seed):
-    """Class folders -> (train, val) class folders: 20 % of each class, but at least one video, go to val."""
-    train, val = {}, {}
-    for name, videos in found.items():
-        shuffled = random.Random(f"{seed} {name}").sample(videos, len(videos))
-        n_val = max(1, round(0.2 * len(videos))) if len(videos) > 1 else 0
-        train[name], val[name] = sorted(shuffled[n_val:]), sorted(shuffled[:n_val])
-    return train, val
+def recordings(root, notes):
+    """[(video, label of each frame)] of root/videos; one that has no file in root/labels is left out by a note."""
+    found = []
+    for video in videos_in(root / "videos"):
+        table = root / "labels" / f"{video.stem}.csv"
+        if table.is_file():
+            found.append((video, read_labels(table)))
+        else:
+            notes.append(f"left out: {video}, because there is no {table}")
+    return found
 
 
-def probe_segment(item):
-    """(path, label) -> a Segment over the whole video, or a sentence on what is wrong with the file."""
-    path, label = item
+def split_by_table(videos, path, notes):
+    """[(video, labels)] -> {part: [(video, labels)]} by a csv file of id,split; a note names what it lacks."""
+    table = {}
+    for name, part, *_ in read_table(path, ["id", "split"]):
+        if part not in PARTS:
+            raise UserError(f"{path} puts {name} into {part!r}, which is none of {', '.join(PARTS)}")
+        if table.setdefault(name, part) != part:
+            raise UserError(f"{path} puts {name} into both {table[name]} and {part}")
+    if missing := [video.name for video, _ in videos if video.stem not in table]:
+        notes.append(f"left out: {len(missing)} videos that {path} does not list: {', '.join(missing)}")
+    return {part: [video for video in videos if table.get(video[0].stem) == part] for part in PARTS}
+
+
+def split_by_video(videos, seed):
+    """[(video, labels)] -> (train, val): 20 %, but at least one of two, of each class, or of the recordings, to val."""
+    groups = {}
+    for path, labels in videos:
+        groups.setdefault(labels if isinstance(labels, str) else "", []).append(path)
+    val = set()
+    for name, paths in groups.items():
+        n_val = max(1, round(0.2 * len(paths))) if len(paths) > 1 else 0
+        val.update(random.Random(f"{seed} {name}").sample(paths, len(paths))[:n_val])
+    return [video for video in videos if video[0] not in val], [video for video in videos if video[0] in val]
+
+
+def refuse_twins(train, others):
+    """UserError if one of the files `others` is also in `train`, by its place or by its content."""
+    by_size = {}
+    for path in train:
+        by_size.setdefault(path.stat().st_size, []).append(path)
+    for path in others:
+        for twin in by_size.get(path.stat().st_size, []):
+            if path.samefile(twin) or filecmp.cmp(path, twin, shallow=False):
+                raise UserError(f"{path} is the same video as {twin}, which is trained on: remove one of the two")
+
+
+def read_labels(path):
+    """The label of each frame of a recording by its csv file, int64 (n,); UNLABELLED where it names none."""
     try:
-        seconds, height, width = probe(path)
-    except UserError as error:
-        return str(error)
-    return Segment(path, label, 0.0, seconds, height, width)
+        rows = np.array([(int(row[0]), int(row[-1])) for row in read_table(path)], dtype=np.int64).reshape(-1, 2)
+    except (ValueError, OverflowError) as error:
+        raise UserError(f"{path} should hold a frame number first and a label last in each line: {error}") from error
+    frames = rows[:, 0] - (1 if len(rows) and rows[0, 0] else 0)  # counted from 1, or from 0 if the file begins so
+    if len(rows) and not 0 <= frames.min() <= frames.max() < 1e8:
+        raise UserError(f"{path} holds frame numbers from {rows[:, 0].min()} to {rows[:, 0].max()}")
+    labels = np.full(frames.max(initial=-1) + 1, UNLABELLED)
+    labels[frames] = rows[:, 1]
+    return labels
 
 
-def ignore_interrupt(_worker):
-    """Ctrl-C is for the main process, which ends the workers; without this each of them prints a traceback."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def windows(labels, times, clip_len, clip_fps):
+    """[(first frame on the time grid, number of frames, label)] of windows that slide by half a clip.
+
+    labels, times (s): of each frame of the file. The label is that of the window's middle; where it holds for less than
+    60 % of the window, the window mixes two about equally and is left out.
+    """
+    moments = np.arange(int(times[-1] * clip_fps + 1e-6) + 1) / clip_fps
+    frames = np.searchsorted(times, moments - 0.001)  # those that `read_frames` takes
+    on_grid = np.append(labels, UNLABELLED)[np.minimum(frames, len(labels))]
+    found = []
+    for first in range(0, max(1, len(on_grid) - clip_len + 1), max(1, clip_len // 2)):
+        inside = on_grid[first : first + clip_len]
+        middle = inside[len(inside) // 2]
+        if middle != UNLABELLED and (inside == middle).mean() >= 0.6:
+            found.append((first, len(inside), int(middle)))
+    return found
+
+
+def check_files(paths, all_times, quiet):
+    """{path: [*probe(path), times of all frames if asked for], or a sentence on what is wrong}, in parallel.
+
+    What was found is remembered in the user's cache folder until the size or the time of the file change.
+    """
+    store = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "exercise_videos_1.json.gz"
+    try:
+        with gzip.open(store, "rt") as file:
+            known = dict(json.load(file))
+    except (OSError, EOFError, ValueError, TypeError, zlib.error):  # none yet, or damaged
+        known = {}
+    before = len(known)
+
+    def check(path):
+        try:
+            stat = path.stat()
+            key = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {all_times}"
+            if key not in known:
+                steps = np.diff(frame_times(path), prepend=0.0) if all_times else np.empty(0)
+                known[key] = [*probe(path), (1e6 * steps).round().astype(int).tolist()]  # so that gzip makes it small
+            *found, steps = known[key]
+            return [*found, np.cumsum(steps) / 1e6]
+        except (UserError, OSError) as error:
+            return str(error)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        checks = tqdm(pool.map(check, paths), "checking videos", len(paths), unit="file", disable=quiet)
+        checked = dict(zip(paths, checks, strict=True))
+    if len(known) > before:
+        part = store.with_suffix(f".{os.getpid()}")
+        try:
+            store.parent.mkdir(parents=True, exist_ok=True)
+            with gzip.open(part, "wt") as file:
+                json.dump(known, file)
+            part.replace(store)
+        except OSError:  # the next start checks again
+            part.unlink(missing_ok=True)
+    return checked
+
+
+# ----------------------------------------------------------------------------------------------------- data module
 
 
 class ExerciseVideoDataModule:
     """Finds the videos, checks them, splits them and makes the loaders.
 
     Args:
-        data: folder with one sub-folder a class (DIR/<class>/*.mp4), or DIR/train/<class> and DIR/val/<class>;
-            "data/demo" is rendered if it is not there.
+        data: folder as LAYOUTS says, or with DIR/train/<class> and DIR/val/<class>; "data/demo" is rendered if missing.
         size: (W, H) of the clips in pixels. clip_len: frames. clip_fps: frames a second of the clip's time grid.
         workers: loader processes; the seed's 4, none in debug mode.
         cache_gb: RAM for decoded frames, in GB; 0, and debug mode, turn the cache off.
+        background_ratio: share of a recording set's windows without exercise that is kept, 0 to 1.
         clips_per_video: clips of each video in validation. rank, world: which of how many training processes this is.
     After `setup()`: `classes` (names), `train_set`, `val_set`, `test_set` (None if there is none), and `notes`
-    (sentences for the user, one for each bad file).
-    Raises UserError if the folder can't be used.
+    (sentences for the user, one for each bad file). Raises UserError if the folder can't be used.
     """
 
     def __init__(self, data="data/demo", size=(300, 400), clip_len=16, clip_fps=8.0, batch_size=16, workers=4,
@@ -404,58 +596,123 @@ class ExerciseVideoDataModule:
                  world=1):  # fmt: skip
         self.data, self.size, self.clip_len, self.clip_fps = Path(data), size, clip_len, clip_fps
         self.batch_size, self.debug, self.seed, self.background_ratio = batch_size, debug, seed, background_ratio
-        self.clips_per_video, self.rank, self.world = clips_per_video, rank, world
+        self.clips_per_video, self.rank, self.world, self.notes = clips_per_video, rank, world, []
         self.workers, self.cache_gb = (0, 0.0) if debug else (workers, cache_gb)
         self.debug_dir = Path("debug_output") if debug else None
 
     def find_videos(self):
-        """(train, val) as {class name: [videos]}. Another layout of the data folder would be told apart here."""
-        if self.data == Path("data/demo") and not self.data.exists() and self.rank == 0:
-            render_demo(self.data)
-        if not self.data.is_dir():
-            raise UserError(f"{self.data} is not a folder: --data takes a folder with a sub-folder of videos a class")
-        if (self.data / "train").is_dir() and (self.data / "val").is_dir():
-            return class_folders(self.data / "train"), class_folders(self.data / "val")
-        return split_by_video(class_folders(self.data), self.seed)
+        """{part: [(video, its class, or the label of each frame)]}; says in `notes` what was found."""
+        root = self.data
+        if root == Path("data/demo") and not root.exists() and self.rank == 0:
+            render_demo(root)
+        if not root.is_dir():
+            raise UserError(f"{root} is not a folder: --data takes {LAYOUTS.format(root)}")
+        if (root / "train").is_dir() and (root / "val").is_dir():
+            self.notes.append(f"{root} holds class folders in train and val")
+            return {part: class_folders(root / part) if (root / part).is_dir() else [] for part in PARTS}
+        if (root / "videos").is_dir() and (root / "labels").is_dir():
+            videos = recordings(root, self.notes)
+            count, kind = len(videos), "untrimmed recordings with labels"
+        else:
+            videos = class_folders(root)
+            count, kind = len({name for _, name in videos}), "class folders with videos"
+        if count < 2:
+            raise UserError(
+                f"{root} holds {count} {kind} where at least 2 are needed: --data takes {LAYOUTS.format(root)}"
+            )
+        self.notes.append(f"{root} holds {count} {kind}")
+        table, parts = root / "split.csv", {part: [] for part in PARTS} | {"train": videos}
+        if table.is_file():
+            parts = split_by_table(videos, table, self.notes)
+        else:
+            self.notes.append(f"split by video: if one person is in several, keep them together by {table} (the line "
+                              "id,split, then lines of a name without .mp4 and train, val or test)")  # fmt: skip
+        if not parts["val"]:
+            parts["train"], parts["val"] = split_by_video(parts["train"], self.seed)
+        return parts
+
+    def cut(self, part, videos, checked):
+        """Segments of those of [(video, labels)] that are not broken; their labels are as found."""
+        segments, background = [], []
+        for path, labels in videos:
+            if isinstance(checked[path], str):
+                continue
+            seconds, height, width, times = checked[path]
+            if isinstance(labels, str):
+                segments.append(Segment(path, labels, 0.0, seconds, height, width))
+                continue
+            if abs(len(labels) - len(times)) > 0.01 * len(times):
+                self.notes.append(
+                    f"{path} has {len(times)} frames and {len(labels)} labels: do the two belong together?"
+                )
+            for first, n, label in windows(labels, times, self.clip_len, self.clip_fps):
+                start, end = first / self.clip_fps, (first + n - 1) / self.clip_fps
+                (background if label == -1 else segments).append(Segment(path, label, start, end, height, width))
+        if background:
+            n = max(self.background_ratio > 0, round(self.background_ratio * len(background)))
+            self.notes.append(f"{part}: {len(segments)} windows of exercises, {n} of {len(background)} of none kept")
+            segments += random.Random(f"{self.seed} {part}").sample(background, n)
+        return sorted(segments)
+
+    def label(self, segments, parts, bad):
+        """{part: segments with labels as found} -> segments of each part, with numbers of `classes`, which it sets."""
+        table = self.data / "classes.csv"
+        names = {row[0]: row[1] for row in read_table(table, ["label", "name"])} if table.is_file() else {}
+        names["-1"] = "no_exercise"
+        found = set().union(*([labels] if isinstance(labels, str) else labels.tolist() for _, labels in parts["train"]))
+        found -= {UNLABELLED} if self.background_ratio else {UNLABELLED, -1}
+        found = sorted(found, key=lambda label: (label != -1, label))
+        self.classes = list(dict.fromkeys(names.get(str(label), str(label)) for label in found))
+        if len(self.classes) < 2:
+            raise UserError(f"{self.data} has {len(self.classes)} class to train where at least 2 are needed")
+        numbered = {part: [] for part in PARTS}
+        for part in PARTS:
+            for segment in segments[part]:
+                if (name := names.get(str(segment.label), str(segment.label))) not in self.classes:
+                    raise UserError(f"{segment.path} in {part} has the class {name}, which no video to train on has")
+                numbered[part].append(segment._replace(label=self.classes.index(name)))
+            if parts[part] and not numbered[part]:
+                raise UserError(f"{self.data} has no video left for {part}: {'; '.join([*bad.values()][:3])}")
+        if lost := set(range(len(self.classes))) - {s.label for s in numbered["train"]}:
+            name = self.classes[min(lost)]
+            why = [reason for path, reason in bad.items() if path.parent.name == name][:3]
+            why = "; ".join(why) or f"in no recording that can be read it lasts for {self.clip_len / self.clip_fps:g} s"
+            raise UserError(f"{self.data} has no clip of class {name} left to train on: {why}")
+        if not numbered["val"]:
+            raise UserError(f"{self.data} leaves no video for validation: give each class at least 2 videos")
+        return numbered.values()
 
     def setup(self):
-        found = self.find_videos()
-        self.classes = sorted(found[0])
-        if len(self.classes) < 2:
-            raise UserError(
-                f"{self.data} holds {len(self.classes)} class folders with videos where at least 2 are needed: put the "
-                f"videos of each exercise into {self.data}/<class>/"
-            )
-        if unknown := sorted(set(found[1]) - set(found[0])):
-            raise UserError(f"{self.data}/val has a class {unknown[0]} that {self.data}/train does not have")
-        parts = [[(p, i) for i, c in enumerate(self.classes) for p in part.get(c, [])] for part in found]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            checks = tqdm(pool.map(probe_segment, sum(parts, [])), "checking videos", sum(map(len, parts)), unit="file",
-                          disable=self.rank > 0)  # fmt: skip
-            segments, bad = [], []
-            for segment in checks:
-                (bad if isinstance(segment, str) else segments).append(segment)
-        self.notes = [f"left out: {reason}" for reason in bad]
-        in_train = set(parts[0])
-        train = [s for s in segments if (s.path, s.label) in in_train]
-        val = [s for s in segments if (s.path, s.label) not in in_train]
-        if lost := set(range(len(self.classes))) - {s.label for s in train}:
-            name = self.classes[min(lost)]
-            raise UserError(f"no video of class {name} in {self.data} can be read for training: {'; '.join(bad)}")
-        if not val:
-            raise UserError(f"{self.data} leaves no video for validation: give each class at least 2 videos")
+        self.notes = []
+        parts = self.find_videos()
+        if not (videos := sum(parts.values(), [])):
+            raise UserError(f"{self.data} has no video for train, val or test")
+        checked = check_files([path for path, _ in videos], not isinstance(videos[0][1], str), self.rank > 0)
+        bad = {path: reason for path, reason in checked.items() if isinstance(reason, str)}
+        self.notes += [f"left out: {reason}" for reason in bad.values()]
+        if bad:
+            self.notes.append(f"{len(bad)} of {len(videos)} videos can't be read")
+        train, *others = ([path for path, _ in parts[part] if path not in bad] for part in PARTS)
+        refuse_twins(train, sum(others, []))
+        train, val, test = self.label({part: self.cut(part, parts[part], checked) for part in PARTS}, parts, bad)
         W, H = self.size
-        if misfit := sum((s.width > s.height) != (W > H) for s in segments if W != H and s.width != s.height):
+        shapes = {s.path: (s.width, s.height) for s in train + val + test}.values()
+        if misfit := sum((w > h) != (W > H) for w, h in shapes if W != H and w != h):
             kind = "landscape" if W < H else "portrait"
-            self.notes.append(f"{misfit} of {len(segments)} videos are {kind}, which {W}x{H} cuts: try --size {H}x{W}")
+            self.notes.append(f"{misfit} of {len(shapes)} videos are {kind}, which {W}x{H} cuts: try --size {H}x{W}")
         if self.debug:
             self.debug_dir.mkdir(exist_ok=True)
         common = self.size, self.clip_len, self.clip_fps
         self.train_set = ExerciseVideoDataset(train, *common, training=True, debug_dir=self.debug_dir)
         self.val_set = ExerciseVideoDataset(val, *common, clips_per_video=self.clips_per_video)
-        self.test_set = None
+        self.test_set = ExerciseVideoDataset(test, *common, clips_per_video=self.clips_per_video) if test else None
         budget = int(1e9 * self.cache_gb)
         self.train_set.keep_in_memory(budget - self.val_set.keep_in_memory(budget))
+
+    def class_weights(self):
+        """float32 (classes,): inverse frequency in the train set, clips / (classes * clips of the class)."""
+        counts = torch.bincount(torch.tensor([s.label for s in self.train_set.segments]), minlength=len(self.classes))
+        return counts.sum() / (len(counts) * counts.float())
 
     def train_dataloader(self):
         return self._loader(self.train_set, shuffle=True)
@@ -468,8 +725,9 @@ class ExerciseVideoDataModule:
 
     def _loader(self, dataset, shuffle):
         batches = EpochBatches(len(dataset), self.batch_size, self.seed, shuffle, self.rank, self.world)
-        return DataLoader(dataset, batch_sampler=batches, num_workers=self.workers, worker_init_fn=ignore_interrupt,
-                          persistent_workers=self.workers > 0, pin_memory=torch.cuda.is_available())  # fmt: skip
+        return DataLoader(dataset, batch_sampler=batches, num_workers=self.workers, collate_fn=collate,
+                          worker_init_fn=start_worker, persistent_workers=self.workers > 0,
+                          pin_memory=torch.cuda.is_available())  # fmt: skip
 
 
 def pick_device(name):
@@ -482,12 +740,17 @@ def pick_device(name):
 
 
 def free_memory():
-    """Bytes of RAM that can be taken, on Linux at most what /dev/shm has left (64 MB in many containers)."""
+    """Bytes of RAM that can be taken, on Linux at most what a container's limit leaves."""
     try:
         line = next(line for line in open("/proc/meminfo") if line.startswith("MemAvailable"))
-        return min(1024 * int(line.split()[1]), shutil.disk_usage("/dev/shm").free)
+        free = 1024 * int(line.split()[1])
     except OSError:
         return 8e9  # Windows and macOS: no figure without a further package
+    try:
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text() for name in ("max", "current"))
+        return max(0, min(free, int(limit) - int(used)))
+    except (OSError, ValueError):  # no container, or one without a limit
+        return free
 
 
 # ------------------------------------------------------------------------------------------------- demo data set

@@ -1,7 +1,11 @@
 """Decoding by time, the augmentation, the cache, the splits, broken files and the demo data."""
 
+import gzip
 import math
+import os
 import pickle
+import shutil
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -9,6 +13,7 @@ import pytest
 import torch
 from conftest import write_video
 from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 
 import Dataset
 from Dataset import (
@@ -20,7 +25,9 @@ from Dataset import (
     Segment,
     TrainTransform,
     UserError,
+    collate,
     cover,
+    free_memory,
     kept,
     normalize,
     probe,
@@ -28,6 +35,7 @@ from Dataset import (
     render_demo,
     render_demo_video,
     split_by_video,
+    windows,
 )  # fmt: skip
 
 
@@ -45,6 +53,14 @@ def numbers(frames):
     width = frames.shape[-1] // 10
     bars = frames[:, 0, 8:40, : 10 * width].float().mean(1).unflatten(1, (10, width)).mean(2)
     return ((bars > 128).int() * 2 ** torch.arange(10)).sum(1).tolist()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """What is remembered of checked files does not go into the user's cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +222,30 @@ def test_a_moving_marker_follows_one_affine_map_that_does_not_squeeze():
     assert max(map(abs, turns)) <= 10.5 and max(turns) - min(turns) > 5 and mirrored == {True, False}
 
 
+def test_the_augmentation_draws_and_means_what_v2_does():
+    W, H = 90, 120
+    picture = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (150, 112, 3), np.uint8), (0, 0), 3)
+    frames = (
+        torch.from_numpy(cv2.normalize(picture, None, 0, 255, cv2.NORM_MINMAX)).permute(2, 0, 1).expand(2, -1, -1, -1)
+    )
+    whole = W * H / (150 * 112)
+    v2_transform = v2.Compose([
+        v2.RandomResizedCrop((H, W), scale=(0.6 * whole, whole), ratio=(0.9 * W / H, 1.1 * W / H)),
+        v2.RandomHorizontalFlip(p=0.5), v2.RandomRotation(10, v2.InterpolationMode.BILINEAR, fill=[124, 116, 104]),
+    ])  # fmt: skip
+    for seed in range(10):
+        torch.manual_seed(seed)
+        expected, after = v2_transform(frames), torch.rand(1)
+        torch.manual_seed(seed)
+        got = TrainTransform((W, H))(frames)
+        assert torch.rand(1) == after  # as many draws
+        assert got.shape == expected.shape and (got[0] == got[1]).all()
+        off = (got.int() - expected.int()).abs().float()
+        filled = (expected == torch.tensor([124, 116, 104]).view(3, 1, 1)).all(1)
+        assert off.mean() < 1.5 and (off > 8).float().mean() < 0.03  # levels of 255; the edge of the fill differs
+        assert off.mean(1)[filled].mean() < 1
+
+
 def test_normalize_is_the_imagenet_formula_in_the_order_of_the_network():
     clips = torch.randint(0, 256, (2, 4, 3, 8, 6), dtype=torch.uint8)
     out = normalize(clips, *IMAGENET)
@@ -236,25 +276,62 @@ def test_the_cache_changes_nothing_and_freezes_nothing(folder):
     torch.manual_seed(0)
     first = [cached.train_set[0][0] for _ in range(4)]
     assert all((a == b).all() for a, b in zip(without, first, strict=True))  # the same draws, the same clips
-    assert cached.train_set.cache[0][1].any()
+    assert cached.train_set.filled.any()
     assert not any((first[i] == first[j]).all() for i in range(4) for j in range(i))
 
 
 def test_a_cache_that_is_too_small_keeps_what_fits(folder):
-    data, video = module(folder).train_set, 20 * 3 * 64 * 48  # 20 frames on the grid: 50 at 20 fps are 2.45 s
-    data.segments = [s._replace(height=64, width=48) for s in data.segments]
-    assert data.keep_in_memory(2 * video + 5) == 2 * video and len(data.cache) == 2
-    data.cache[1][0].fill_(7)
-    assert data.cache[0][0].sum() == 0 and not data.cache[1][1].any() and data.cache[1][1].shape == (20,)
+    data, video = module(folder).train_set, 20 * 3 * 72 * 48  # 20 frames on the grid: 50 at 20 fps are 2.45 s
+    assert data.keep_in_memory(2 * video + 5) == 2 * video and list(data.cache) == [s.path for s in data.segments[:2]]
+    data[1]
+    assert not data.filled[:20].any() and data.filled[20:].sum() == 16 and not data.frames[:video].any()
+    data[5]
+    assert data.filled.sum() == 16
+
+
+def test_windows_of_a_recording_share_their_frames_in_the_cache(tmp_path):
+    write_video(tmp_path / "v.mp4", numbered(300), 25)
+    windows = [Segment(tmp_path / "v.mp4", 0, first / 8, (first + 15) / 8, 48, 96) for first in (8, 16, 64)]
+    plain, cached = (ExerciseVideoDataset(windows, (96, 48)) for _ in range(2))
+    assert cached.keep_in_memory(10**9) == (24 + 16) * 3 * 48 * 96  # the first two overlap by half
+    for _ in range(2):
+        for i, first in enumerate((8, 16, 64)):
+            expected = [math.ceil(25 * (first + k) / 8 - 1e-2) for k in range(16)]
+            assert numbers(plain[i][0]) == numbers(cached[i][0]) == expected
+        assert cached.filled.all()
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_workers_fill_one_shared_cache(folder, context):
     data = module(folder, cache_gb=0.1)
+    batches = [[0, 1], [2]]
     for _ in range(2):
-        clips = [c for c, *_ in DataLoader(data.val_set, 1, num_workers=1, multiprocessing_context=context)]
-    assert all(filled.any() for _, filled in data.val_set.cache)
-    assert all((data.val_set[i][0] == clip[0]).all() for i, clip in enumerate(clips))
+        loader = DataLoader(data.val_set, batch_sampler=batches, num_workers=1, collate_fn=collate,
+                            multiprocessing_context=context)  # fmt: skip
+        loaded = list(loader)
+    assert data.val_set.filled[:40].any() and [clips.shape[0] for clips, *_ in loaded] == [2, 1]
+    for (clips, labels, items), numbers_of in zip(loaded, batches, strict=True):
+        assert items.tolist() == numbers_of and clips.permute(0, 1, 3, 4, 2).is_contiguous()
+        for clip, label, i in zip(clips, labels, numbers_of, strict=True):
+            assert (data.val_set[i][0] == clip).all() and data.val_set[i][1] == label
+
+
+class Threads(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, _):
+        return torch.tensor([torch.get_num_threads(), cv2.getNumThreads()])
+
+
+def test_workers_run_one_thread():
+    assert next(iter(DataLoader(Threads(), 1, num_workers=1, worker_init_fn=Dataset.start_worker)))[0].max() == 1
+
+
+def test_a_limit_of_the_container_is_respected(monkeypatch):
+    assert 1e8 < free_memory() < 1e14
+    monkeypatch.setattr(Dataset.Path, "read_text", lambda path: {"memory.max": "5000\n"}.get(path.name, "2000\n"))
+    assert free_memory() == 3000
 
 
 def test_everything_a_worker_gets_pickles(folder):
@@ -262,22 +339,174 @@ def test_everything_a_worker_gets_pickles(folder):
     assert data[0][0].shape == (16, 3, 64, 48)
 
 
+# ---------------------------------------------------------------------------------------------------------- layout
+
+
+def picture(number, n=20, height=48, width=96):
+    """Frames unlike those of any other number, so that no file is the twin of another."""
+    return np.roll(numbered(n, height, width), number, axis=2) // (1 + number % 7) + number
+
+
 def test_the_split_is_stratified_disjoint_and_fixed_by_the_seed():
-    found = {"a": list(range(50)), "b": list(range(100, 110)), "c": [200, 201], "d": [300]}
-    train, val = split_by_video(found, seed=0)
-    assert [len(val[c]) for c in "abcd"] == [10, 2, 1, 0]
-    assert all(sorted(train[c] + val[c]) == found[c] for c in found)
-    assert (train, val) == split_by_video(found, seed=0) and val != split_by_video(found, seed=1)[1]
+    counts = {"a": 50, "b": 10, "c": 2, "d": 1}
+    videos = [(f"{name}{i}", name) for name, n in counts.items() for i in range(n)]
+    train, val = split_by_video(videos, seed=0)
+    assert [sum(name == c for _, name in val) for c in "abcd"] == [10, 2, 1, 0]
+    assert sorted(train + val) == sorted(videos)
+    assert (train, val) == split_by_video(videos, seed=0) and val != split_by_video(videos, seed=1)[1]
 
 
 def test_train_and_val_folders_are_used_as_they_are(tmp_path):
     for part, n in (("train", 3), ("val", 2)):
-        for name in ("a", "b"):
+        for k, name in enumerate(("a", "b")):
             for i in range(n):
-                write_video(tmp_path / part / name / f"{i}.avi", numbered(20), 10, "MJPG")
+                write_video(tmp_path / part / name / f"{i}.avi", picture(20 * n + 5 * k + i), 10, "MJPG")
     data = module(tmp_path)
-    assert (len(data.train_set), len(data.val_set), data.classes) == (6, 4, ["a", "b"])
+    assert (len(data.train_set), len(data.val_set), data.classes, data.test_set) == (6, 4, ["a", "b"], None)
     assert {s.path.parts[-3] for s in data.val_set.segments} == {"val"}
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Class folders with 3 + 3 videos: squat/s0 .. s2, plank/p0 .. p2."""
+    root = tmp_path_factory.mktemp("clips")
+    for i in range(3):
+        write_video(root / "squat" / f"s{i}.mp4", picture(i))
+        write_video(root / "plank" / f"p{i}.mp4", picture(10 + i))
+    return root
+
+
+def names(dataset):
+    return dataset and [s.path.stem for s in dataset.segments]
+
+
+def test_split_csv_decides_and_what_it_lacks_is_left_out(clips):
+    (clips / "split.csv").write_text("id,split\ns0,train\np0,train\ns1,val\np1,test\np2,train\nother,val\n")
+    data = module(clips)
+    assert (names(data.train_set), names(data.val_set), names(data.test_set)) == (["p0", "p2", "s0"], ["s1"], ["p1"])
+    assert [len(batch[1]) for batch in data.test_dataloader()] == [1]
+    assert any("1 videos" in note and "s2.mp4" in note for note in data.notes)
+    assert data.class_weights().tolist() == pytest.approx([3 / (2 * 2), 3 / (2 * 1)])
+    (clips / "split.csv").write_text(
+        "id,split\n" + "".join(f"{name},train\n" for name in "s0 s1 p0 p1 p2".split()) + "s2,test"
+    )
+    data = module(clips)  # no val: a fifth of the rest, at least one of each class
+    assert sorted(names(data.train_set) + names(data.val_set)) == ["p0", "p1", "p2", "s0", "s1"]
+    assert sorted(name[0] for name in names(data.val_set)) == ["p", "s"] and names(data.test_set) == ["s2"]
+    (clips / "split.csv").unlink()
+    assert any("split.csv" in note for note in module(clips).notes)
+
+
+@pytest.mark.parametrize("text, sentence", [
+    ("id,split\ns0,train\ns0,val\n", "s0 into both train and val"), ("id,split\ns0,dev\n", "'dev'"),
+    ("id;split\ns0;train\n", "id,split"), ("s0,train\n", "id,split"), ("id,split\ns0\n", "two columns"),
+    ("id,split\nnobody,train\n", "no video"),
+])  # fmt: skip
+def test_mistakes_in_split_csv_are_explained(clips, text, sentence):
+    (clips / "split.csv").write_text(text)
+    with pytest.raises(UserError, match=sentence):
+        module(clips)
+    (clips / "split.csv").unlink()
+
+
+def test_a_training_video_in_validation_is_refused_by_both_names(clips, tmp_path):
+    shutil.copytree(clips, tmp_path / "copy")
+    shutil.copy(clips / "squat" / "s0.mp4", tmp_path / "copy" / "squat" / "again.mp4")
+    (tmp_path / "copy" / "split.csv").write_text("id,split\ns0,train\np0,train\nagain,val\n")
+    with pytest.raises(UserError, match=r"again\.mp4 .* s0\.mp4|again\.mp4 .*s0\.mp4"):
+        module(tmp_path / "copy")
+
+
+def recording(root, name, labels, fps, first=1):
+    """A numbered video and its csv file: frame number, a column without meaning, label."""
+    write_video(root / "videos" / f"{name}.mp4", picture(len(list(root.glob("videos/*"))), len(labels)), fps)
+    (root / "labels").mkdir(exist_ok=True)
+    lines = [f"{first + i},0,{label}\n" for i, label in enumerate(labels)]
+    (root / "labels" / f"{name}.csv").write_text("".join(lines))
+
+
+def test_windows_of_a_recording_have_the_label_of_their_middle():
+    # 8 frames a second, clips of 16 frames: windows of 2 s start at every second
+    def found(runs, fps=30, **lie):
+        labels = np.concatenate([np.full(round(fps * seconds), label) for label, seconds in runs])
+        times = np.arange(len(labels)) / fps
+        return [(first / 8, label) for first, _, label in windows(labels, lie.get("times", times), 16, 8.0)]
+
+    assert found([(5, 6)]) == [(0, 5), (1, 5), (2, 5), (3, 5), (4, 5)]
+    assert found([(5, 3), (7, 3)]) == [(0, 5), (1, 5), (3, 7), (4, 7)]  # from 2 to 4 s both are equally long
+    assert found([(5, 3.5), (7, 3.5)]) == [(0, 5), (1, 5), (2, 5), (3, 7), (4, 7), (5, 7)]  # 3 : 1
+    assert found([(5, 3), (-1, 3)]) == [(0, 5), (1, 5), (3, -1), (4, -1)]
+    assert found([(5, 1)]) == [(0, 5)]  # shorter than a window: the whole
+    # 3 s at 30 frames a second, then 3 s at 10: the label changes with frame 90, which is at 3 s
+    times = np.concatenate([np.arange(90) / 30, 3 + np.arange(30) / 10])
+    assert found([(5, 3), (7, 1)], times=times) == [(0, 5), (1, 5), (3, 7), (4, 7)]
+    assert windows(np.full(30, 5), np.arange(90) / 30, 16, 8.0) == []  # labels for a third only
+
+
+def test_recordings_are_cut_split_and_named(tmp_path):
+    labels = [-1] * 75 + [4] * 100 + [2] * 100
+    for name, fps, first in (("a", 25, 1), ("b", 25, 0), ("c", 25, 1), ("d", 25, 1)):
+        recording(tmp_path, name, labels, fps, first)
+    (tmp_path / "split.csv").write_text("id,split\na,train\nb,train\nc,val\nd,test\n")
+    (tmp_path / "classes.csv").write_text("label,name\n-1,rest\n4,squat\n")
+    data = module(tmp_path, background_ratio=0.5)
+    assert data.classes == ["no_exercise", "2", "squat"] and "4 untrimmed recordings" in data.notes[0]
+    # windows from 0 to 9 s: -1 until 3 s, 4 until 7 s, 2 until 11 s; those from 2 and 6 s are half and half
+    for part, videos in ((data.train_set, "ab"), (data.val_set, "c"), (data.test_set, "d")):
+        seen = {video: sorted((s.start, s.label) for s in part.segments if s.path.stem == video) for video in videos}
+        for starts in seen.values():
+            assert [s for s in starts if s[1]] == [(3, 2), (4, 2), (5, 2), (7, 1), (8, 1), (9, 1)]
+            assert {s for s in starts if not s[1]} <= {(0, 0), (1, 0)}
+        assert sum(label == 0 for starts in seen.values() for _, label in starts) == len(videos)  # half of two each
+        assert part.items[0][0] == 0 and len(part) == len(part.segments)
+    assert module(tmp_path, background_ratio=0.5).train_set.segments == data.train_set.segments
+    assert module(tmp_path, background_ratio=0).classes == ["2", "squat"]
+    whole = module(tmp_path, background_ratio=1).train_set.segments
+    assert sum(s.label == 0 for s in whole) == 4
+    first = next(i for i, s in enumerate(data.val_set.segments) if s.start == 7)
+    assert abs(data.val_set[first][0].float() - data.val_set[first][0][:1].float()).max() > 50  # its frames move on
+    (tmp_path / "split.csv").unlink()
+    data = module(tmp_path)
+    parts = [{s.path.stem for s in part.segments} for part in (data.train_set, data.val_set)]
+    assert [len(part) for part in parts] == [3, 1] and not parts[0] & parts[1]  # whole recordings
+
+
+def test_labels_that_can_not_be_used_are_explained(tmp_path):
+    recording(tmp_path, "a", [-1] * 60 + [1] * 60, 20)
+    with pytest.raises(UserError, match=r"1 untrimmed recordings.*<class>.*labels/<id>.csv"):
+        module(tmp_path)
+    for name in "bcd":
+        recording(tmp_path, name, [-1] * 60 + [1] * 60, 20)
+    (tmp_path / "labels" / "d.csv").unlink()
+    (tmp_path / "labels" / "c.csv").write_text("".join(f"{i + 1},{-1 if i < 60 else 1}\n" for i in range(200)))
+    notes = "\n".join(module(tmp_path).notes)
+    assert "d.mp4, because there is no" in notes and "120 frames and 200 labels" in notes
+    for text in ("1,squat\n", "one,1\n", "1\n2\n,\n", "-5,1\n", "99999999999,1\n", "1e999,1\n"):
+        (tmp_path / "labels" / "b.csv").write_text(text)
+        with pytest.raises(UserError, match=r"b\.csv"):
+            module(tmp_path)
+    (tmp_path / "labels" / "b.csv").write_text("".join(f"{i + 1},{7 if i < 5 else 1}\n" for i in range(120)))
+    (tmp_path / "split.csv").write_text("id,split\na,train\nb,train\nc,val\n")
+    with pytest.raises(UserError, match="class 7 .* lasts for 2 s"):  # an exercise of 5 frames
+        module(tmp_path)
+
+
+def test_a_second_start_reads_no_video_again(clips, monkeypatch, tmp_path):
+    first, read = module(clips), []
+    monkeypatch.setattr(Dataset, "probe", lambda path: read.append(path.name) or (1.0, 48, 96))
+    assert module(clips).train_set.segments == first.train_set.segments and not read
+    os.utime(clips / "squat" / "s1.mp4")
+    module(clips)
+    assert read == ["s1.mp4"]
+    store = Path(os.environ["XDG_CACHE_HOME"]) / "exercise_videos_1.json.gz"
+    for damage in (store.read_bytes()[:-9], b"", b"text", gzip.compress(b"[1, 2"), gzip.compress(b"[1, 2]")):
+        store.write_bytes(damage)
+        read.clear()
+        module(clips)
+        assert len(read) == 6
+    store.unlink()
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/no/such/folder")
+    assert len(module(clips).train_set) == 4
 
 
 # ----------------------------------------------------------------------------------------------------- broken files
@@ -306,10 +535,11 @@ def test_a_broken_file_is_named(tmp_path, kind):
 def test_one_broken_file_among_many_is_left_out_by_name_and_not_replaced(tmp_path):
     for name in ("a", "b"):
         for i in range(5):
-            write_video(tmp_path / name / f"{i}.mp4", numbered(30))
+            write_video(tmp_path / name / f"{i}.mp4", picture(i + 5 * (name == "b"), 30))
     broken(tmp_path / "a" / "bad.mp4", "truncated")
     data = module(tmp_path)
-    assert len(data.notes) == 2 and "bad.mp4" in data.notes[0] and "left out" in data.notes[0]
+    assert [("bad.mp4" in note, "left out" in note) for note in data.notes[-3:-1]] == [(True, True), (False, False)]
+    assert "1 of 11 videos can't be read" in data.notes[-2]
     assert len(data.train_set) + len(data.val_set) == 10
 
 
@@ -317,6 +547,13 @@ def test_a_file_that_ends_early_raises_instead_of_giving_black_frames(tmp_path):
     write_video(tmp_path / "v.mp4", numbered(30))
     with pytest.raises(UserError, match="v.mp4"):
         read_frames(tmp_path / "v.mp4", [0.0, 3.0])
+
+
+def test_a_file_that_changes_its_size_later_is_named(folder):
+    data = module(folder, cache_gb=0.1).train_set
+    data.segments[0] = data.segments[0]._replace(height=90)
+    with pytest.raises(UserError, match=r"\.mp4 has another frame size"):
+        data[0]
 
 
 def test_folders_that_can_not_be_used_are_explained(tmp_path):
@@ -335,8 +572,8 @@ def test_folders_that_can_not_be_used_are_explained(tmp_path):
 def test_a_misfit_of_orientation_is_said_once(tmp_path):
     for name in ("a", "b"):
         for i in range(2):
-            write_video(tmp_path / name / f"{i}.mp4", numbered(20, 48, 96))
-    assert ["--size 64x48" in note for note in module(tmp_path).notes] == [True]
+            write_video(tmp_path / name / f"{i}.mp4", picture(i + 2 * (name == "b")))
+    assert "--size 64x48" in module(tmp_path).notes[-1]
 
 
 # ----------------------------------------------------------------------------------------------------- debug videos
