@@ -26,7 +26,7 @@ KILLS, EPOCHS = 20, 150
 def train(folder, name):
     flags = "--data videos --size 48x64 --batch-size 6 --workers 0 --cache-gb 1 --warmup 5 --resume --epochs"
     command = [sys.executable, str(ROOT / "Trainer.py"), *flags.split(), str(EPOCHS), "--checkpoint-dir", name]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=open(folder / "errors", "wb"))
 
 
 def main():
@@ -45,7 +45,7 @@ def main():
         run, wait = train(folder, "parts"), time.time() + rng.uniform(4, 9)
         while run.poll() is None and (time.time() < wait or (kill % 2 and not list(folder.glob("parts/*.part")))):
             time.sleep(0.0005)
-        assert run.poll() is None, f"ended before the kill: {run.stderr.read().decode()[-500:]}"
+        assert run.poll() is None, f"ended before the kill: see {folder}/errors"
         run.kill()
         run.wait()
         caught = bool(list(folder.glob("parts/*.part")))
@@ -54,7 +54,7 @@ def main():
         epoch = torch.load(last, weights_only=True)["epoch"] if last.exists() else 0
         print(f"kill {kill + 1}: {epoch} epochs are kept{', killed while saving' * caught}", flush=True)
     run = train(folder, "parts")
-    assert run.wait() == 0, run.stderr.read().decode()[-500:]
+    assert run.wait() == 0, f"see {folder}/errors"
     for name in ("last.pt", "mobilenet_v2_3d.pt"):
         whole, parts = (torch.load(folder / run / name, weights_only=True) for run in ("whole", "parts"))
         equal = all(torch.equal(v, parts["model"][k]) for k, v in whole["model"].items())
