@@ -2,16 +2,19 @@
 
     python tests/benchmark.py model      # training step and inference, seconds a clip and ratios; about 10 minutes
     python tests/benchmark.py memory     # bytes a clip in training, and the resident memory of a step
+    python tests/benchmark.py copies     # copies of tensors in a step, and their share of the time
     python tests/benchmark.py scaling    # how the cost of a step grows with clips, pixels and frames
     python tests/benchmark.py precision  # top-1 of checkpoints/mobilenet_v2_3d.pt on data/demo, float32 to float16
     python tests/benchmark.py motion     # the same checkpoint on still and on shuffled clips
     python tests/benchmark.py learning   # seconds to 90 % on the demo, plain and ours, same recipe; about 15 minutes
 
 "plain" is the same table with nn.Conv3d everywhere in the default memory format: what public MobileNetV2-3D
-implementations are. The two run in turn in one process; figures are medians, with the smallest and largest behind them.
+implementations are; on Linux with the allocator as PyTorch finds it, and ("kept") with freed memory kept, as
+SparseModel.py sets it. All run in turn in one process; figures are medians, with the smallest and largest behind them.
 """
 
 import argparse
+import ctypes
 import os
 import resource
 import statistics
@@ -51,32 +54,51 @@ def seconds(function, device):
     return time.perf_counter() - start
 
 
+def allocator(name):
+    """Let glibc give large blocks back to the system, as it does by itself ("plain"), or keep them."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2**25 if name == "plain" else 2**31 - 1)  # M_MMAP_THRESHOLD: 32 MB is glibc's own largest
+        libc.mallopt(-1, 2**26 if name == "plain" else -1)  # M_TRIM_THRESHOLD: twice that
+        if name == "plain":
+            libc.malloc_trim(0)
+
+
 def in_turn(functions, rounds, device):
-    """{name: seconds of each round}; the functions run one after the other in each round, after one to warm up."""
+    """{name: seconds of each round}; the functions run one after the other in each round, after one to warm up.
+
+    Each is called twice, and the second call is timed: the first settles what the one before left in the allocator.
+    """
     times = {name: [] for name in functions}
     for i in range(rounds + 1):
         for name, function in functions.items():
+            allocator(name)
+            function()
             spent = seconds(function, device)
             if i:
                 times[name].append(spent)
+    allocator("ours")
     return times
 
 
 def row(what, batch, times):
-    (_, slow), (_, fast) = times.items()
-    cells = [f"{statistics.median(t) / batch:.3f} ({min(t) / batch:.3f} to {max(t) / batch:.3f})" for t in (slow, fast)]
-    print(f"| {what} | {' | '.join(cells)} | {statistics.median(slow) / statistics.median(fast):.1f}x |", flush=True)
+    middle = {name: statistics.median(t) / batch for name, t in times.items()}
+    cells = [f"{middle[name]:.3f} ({min(t) / batch:.3f} to {max(t) / batch:.3f})" for name, t in times.items()]
+    ratios = [f"{middle[name] / middle['ours']:.1f}x" for name in times if name != "ours"]
+    print(f"| {what} | {' | '.join(cells + ratios)} |", flush=True)
 
 
 def model(device, rounds):
     print(f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads, n = {rounds}, seconds a clip\n")
-    print("| 16 frames, HxW | plain | ours | ratio |\n| --- | --- | --- | --- |")
+    print("| 16 frames, HxW | plain | plain, kept | ours | ratio | ratio, kept |\n" + "| --- " * 6 + "|")
     for mode, H, W, batch in [
-        ("standard", 128, 128, 4), ("standard", 224, 224, 2), ("standard", 400, 300, 2), ("high_temporal", 128, 128, 4),
+        ("standard", 128, 128, 4), ("standard", 224, 224, 2), ("standard", 400, 300, 2), ("standard", 400, 300, 1),
+        ("high_temporal", 128, 128, 4),
     ]:  # fmt: skip
         clip = torch.randn(batch, 3, 16, H, W, device=device)
         label = torch.randint(17, (batch,), device=device)
-        networks = {"plain": plain(mode).to(device), "ours": SparseModel(mode=mode).to(device)}
+        networks = {name: plain(mode).to(device) for name in ("plain", "kept")}
+        networks["ours"] = SparseModel(mode=mode).to(device)
 
         def step(net, clip=clip, label=label):
             net.zero_grad()
@@ -84,12 +106,24 @@ def model(device, rounds):
 
         times = in_turn({name: lambda net=net: step(net) for name, net in networks.items()}, rounds, device)
         row(f"training step, {H}x{W}, {mode}, batch {batch}", batch, times)
-        networks["plain"].eval()
+        networks = {name: net.eval() for name, net in networks.items()}
         networks["ours"] = fold_batch_norm(networks["ours"])
         with torch.inference_mode():
             calls = {name: lambda net=net, clip=clip: net(clip) for name, net in networks.items()}
             times = in_turn(calls, rounds, device)
         row(f"inference, {H}x{W}, {mode}, batch {batch}", batch, times)
+
+
+def copies():
+    """How often a training step copies a tensor (aten::copy_), and which share of its time that is."""
+    clip = torch.randn(2, 3, 16, 400, 300)
+    for name, net in {"plain": plain(), "ours": SparseModel()}.items():
+        for _ in range(2):
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                net(clip).logsumexp(1).sum().backward()
+        events = {event.key: event for event in profile.key_averages()}
+        share = events["aten::copy_"].self_cpu_time_total / sum(e.self_cpu_time_total for e in events.values())
+        print(f"{name}: {events['aten::copy_'].count} copies, {share:.1%} of the step (2x3x16x400x300)")
 
 
 def scaling(device, rounds):
@@ -202,7 +236,9 @@ def memory():
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("model", "memory", "scaling", "precision", "motion", "learning", "peak"))
+    parser.add_argument(
+        "what", choices=("model", "memory", "copies", "scaling", "precision", "motion", "learning", "peak")
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default: %(default)s)")
     parser.add_argument(
