@@ -234,27 +234,32 @@ def save_csv(path, rows):
 
 
 def confusion_picture(confusion, classes):
-    """Counts (true, predicted) as uint8 BGR: a row a true class, darker is a larger share of it, red is wrong."""
+    """Counts (true, predicted) as uint8 BGR: a row a true class, deeper is a larger share of it, red is wrong."""
     cell, font, black = 44, cv2.FONT_HERSHEY_SIMPLEX, (0, 0, 0)
-    margin = 24 + max(cv2.getTextSize(name, font, 0.55, 1)[0][0] for name in classes)
-    side = cell * len(classes)
-    names = np.full((side, margin, 3), 255, np.uint8)
-    for i, name in enumerate(classes):
-        left = margin - 10 - cv2.getTextSize(name, font, 0.55, 1)[0][0]
-        cv2.putText(names, name, (left, cell * i + 28), font, 0.55, black, 1, cv2.LINE_AA)
-    grid = np.full((side, side, 3), 255, np.uint8)
-    for i, j in np.ndindex(*confusion.shape):
-        box = grid[cell * i : cell * (i + 1) - 1, cell * j : cell * (j + 1) - 1]
-        share = confusion[i, j] / max(1, confusion[i].sum())
-        box[:] = 255 - share * np.array([80, 60, 200] if i == j else [200, 200, 40]) - 10 * (share == 0)
-        if text := str(confusion[i, j]) if confusion[i, j] else "":
-            width = cv2.getTextSize(text, font, 0.5, 1)[0][0]
-            cv2.putText(box, text, ((cell - width) // 2, 28), font, 0.5, black, 1, cv2.LINE_AA)
+    widths = [cv2.getTextSize(name, font, 0.55, 1)[0][0] for name in classes]
+    margin, side = max(150, 24 + max(widths)), cell * len(classes)
+
+    def names(order):
+        strip = np.full((side, margin, 3), 255, np.uint8)
+        for place, i in enumerate(order):
+            cv2.putText(
+                strip, classes[i], (margin - 10 - widths[i], cell * place + 28), font, 0.55, black, 1, cv2.LINE_AA
+            )
+        return strip
+
     picture = np.full((margin + side + 8, margin + side + 8, 3), 255, np.uint8)
-    picture[margin : margin + side, :margin], picture[margin : margin + side, margin : margin + side] = names, grid
-    picture[:margin, margin : margin + side] = cv2.rotate(names[:, ::-1].copy(), cv2.ROTATE_90_CLOCKWISE)[:, ::-1]
+    picture[margin:-8, :margin] = names(range(len(classes)))
+    picture[:margin, margin:-8] = cv2.rotate(names(range(len(classes))[::-1]), cv2.ROTATE_90_CLOCKWISE)
     cv2.putText(picture, "row: true", (10, margin - 30), font, 0.5, black, 1, cv2.LINE_AA)
     cv2.putText(picture, "column: predicted", (10, margin - 10), font, 0.5, black, 1, cv2.LINE_AA)
+    for i, j in np.ndindex(*confusion.shape):
+        top, left, n = margin + cell * i, margin + cell * j, confusion[i, j]
+        ink = np.array([80, 60, 200] if i == j else [200, 200, 40]) * n / max(1, confusion[i].sum())
+        picture[top : top + cell - 1, left : left + cell - 1] = 255 - (ink if n else 10)
+        if n:
+            width = cv2.getTextSize(str(n), font, 0.5, 1)[0][0]
+            place = left + (cell - width) // 2, top + 28
+            cv2.putText(picture, str(n), place, font, 0.5, black, 1, cv2.LINE_AA)
     return picture
 
 
