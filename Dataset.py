@@ -117,11 +117,12 @@ def frame_times(path):
     return np.array(times)
 
 
-def read_frames(path, times):
+def read_frames(path, times, source=None, part=None):
     """For each of `times` (ascending, seconds) the first frame that starts then or later -> uint8 (T, C, H, W).
 
-    RGB, at the file's own size. The memory is that of stacked images (channels innermost), which is what v2.Resize
-    works fastest on. Raises UserError if the file ends more than half a second before the last of the times.
+    RGB, whole, or of frames of the size `source` the central `part`, both (rows, columns). The memory is that of
+    stacked images (channels innermost), which is what v2.Resize works fastest on. Raises UserError if the file ends
+    more than half a second before the last of the times, or if a frame has another size.
     """
     video, frames, fresh = VideoReader(path), None, True
     if times[0] > 3:
@@ -136,10 +137,13 @@ def read_frames(path, times):
             frames[k] = frames[k - 1]
             continue
         image, fresh = video.frame(), False
-        frames = np.empty((len(times), *image.shape), np.uint8) if frames is None else frames
-        if image.shape != frames.shape[1:]:
-            raise UserError(f"{path} changes its frame size at {video.time:.2f} s")
-        cv2.cvtColor(image, cv2.COLOR_BGR2RGB, frames[k])
+        source = source or image.shape[:2]
+        if image.shape[:2] != source:
+            raise UserError(f"{path} has another frame size at {video.time:.2f} s than before")
+        rows, columns = part or source
+        y, x = (source[0] - rows) // 2, (source[1] - columns) // 2
+        frames = np.empty((len(times), rows, columns, 3), np.uint8) if frames is None else frames
+        cv2.cvtColor(image[y : y + rows, x : x + columns], cv2.COLOR_BGR2RGB, frames[k])
     return torch.from_numpy(frames).permute(0, 3, 1, 2)
 
 
@@ -165,19 +169,30 @@ def kept(height, width, size, margin=1.25):
     return min(h, int(size[1] * margin)), min(w, int(size[0] * margin))
 
 
-def resize(frames, size):
-    """uint8 (T, C, height, width) -> (T, C, h, w): `cover`, then the central `kept` part of it."""
-    height, width = frames.shape[-2:]
-    frames = v2.functional.resize(frames, list(cover(height, width, size)), antialias=True)
-    return v2.functional.center_crop(frames, list(kept(height, width, size)))
+def needed(height, width, size):
+    """(rows, columns) of the middle of a source frame that `kept` comes from; the rest needs no work."""
+    sides = zip((height, width), cover(height, width, size), kept(height, width, size), strict=True)
+    return tuple(source - (source - math.ceil(part * source / whole)) // 2 * 2 for source, whole, part in sides)
+
+
+def resize(frames, size, source=None):
+    """uint8 (T, C, height, width) -> (T, C, h, w): `cover`, then the central `kept` part of it.
+
+    `source`: the (height, width) of which the frames are the `needed` middle.
+    """
+    height, width = source or frames.shape[-2:]
+    (h, w), inner, part = cover(height, width, size), kept(height, width, size), needed(height, width, size)
+    sides = [max(inner[0], round(part[0] * h / height)), max(inner[1], round(part[1] * w / width))]
+    frames = v2.functional.resize(v2.functional.center_crop(frames, list(part)), sides, antialias=True)
+    return v2.functional.center_crop(frames, list(inner))
 
 
 class TrainTransform:
     """Random zoom and shift, mirror, tilt: one draw for all frames of a clip. uint8 (T, C, h, w) -> (T, C, H, W).
 
     Draws and means what v2.RandomResizedCrop, v2.RandomHorizontalFlip and v2.RandomRotation do one after the other. But
-    the three are one affine map, and OpenCV makes one pass over the pixels where v2 makes several, some in float. Of its
-    functions remap is faster than warpAffine, because all frames share the work on the coordinates.
+    the three are one affine map, and OpenCV makes one pass over the pixels where v2 makes several, some in float. Its
+    remap is faster than its warpAffine, because all frames share the work on the coordinates.
     """
 
     def __init__(self, size):
@@ -316,10 +331,8 @@ class ExerciseVideoDataset(Dataset):
             filled = self.filled[first + slot : first + slot + len(grid)]
             if filled.all():
                 return frames.permute(0, 3, 1, 2)
-        read = read_frames(path, (grid / self.clip_fps).tolist())
-        if read.shape[2:] != (height, width):
-            raise UserError(f"{path} has another frame size at {grid[0] / self.clip_fps:.1f} s than at its start")
-        read = resize(read, self.size)
+        read = read_frames(path, (grid / self.clip_fps).tolist(), (height, width), needed(height, width, self.size))
+        read = resize(read, self.size, (height, width))
         if path in self.cache:
             frames.copy_(read.permute(0, 2, 3, 1))
             filled.fill_(1)  # last, for another worker may look

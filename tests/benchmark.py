@@ -185,21 +185,21 @@ def pick(decoded, times):
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 
-def with_av(path, times):
+def with_av(path, times, source=None, part=None):
     with importlib.import_module("av").open(str(path)) as file:
         file.streams.video[0].codec_context.thread_count = 1
         frames = ((f.time - (file.streams.video[0].start_time or 0) * f.time_base, f) for f in file.decode(video=0))
         return pick(((float(t), lambda f=f: f.to_ndarray(format="rgb24")) for t, f in frames), times)
 
 
-def with_decord(path, times):
+def with_decord(path, times, source=None, part=None):
     video = importlib.import_module("decord").VideoReader(str(path), num_threads=1)
     starts = video.get_frame_timestamp(range(len(video)))[:, 0]
     numbers = np.searchsorted(starts - starts[0], np.array(times) - 0.001).clip(max=len(video) - 1)
     return torch.from_numpy(video.get_batch(numbers).asnumpy()).permute(0, 3, 1, 2)
 
 
-def with_torchcodec(path, times):
+def with_torchcodec(path, times, source=None, part=None):
     video = importlib.import_module("torchcodec.decoders").VideoDecoder(
         str(path), num_ffmpeg_threads=1, seek_mode="approximate", dimension_order="NHWC"
     )
@@ -231,6 +231,9 @@ def loader(data, rounds, n=16):
         cached.read(i, cached.file_grid(i))
     ours = Dataset.read_frames, Dataset.resize
 
+    def whole(path, times, *_):
+        return ours[0](path, times)
+
     def way(dataset, decode=ours[0], resize=ours[1], transform=plain.transform):
         def epoch():
             Dataset.read_frames, Dataset.resize, dataset.transform = decode, resize, transform
@@ -241,12 +244,14 @@ def loader(data, rounds, n=16):
 
         return epoch
 
-    ways = {"original": way(plain, resize=lambda frames, _: frames, transform=original((300, 400))),
+    ways = {"original": way(plain, whole, lambda frames, *_: frames, original((300, 400))),
             "ours, first epoch": way(first), "ours, cached": way(cached)}  # fmt: skip
     for name, decode in (("av", with_av), ("decord", with_decord), ("torchcodec", with_torchcodec)):
         try:
             assert decode(segments[0].path, [0.0]).dtype == torch.uint8
-            ways[f"ours, first epoch, decoded by {name}"] = way(first, decode)
+            ways[f"ours, first epoch, decoded by {name}"] = way(
+                first, decode, lambda frames, size, _: ours[1](frames, size)
+            )
         except (ImportError, OSError, RuntimeError):
             print(f"({name} is not installed)")
     times = in_turn(ways, rounds, "cpu", time.process_time)
