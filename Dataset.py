@@ -302,8 +302,10 @@ class ExerciseVideoDataset(Dataset):
         Files beyond `budget` bytes are decoded every time. Returns the number of bytes that may be taken.
         """
         grids, frames, filled = {}, 0, 0
-        for i, s in enumerate(self.segments):
-            grids.setdefault((s.path, *kept(s.height, s.width, self.size)), set()).update(self.file_grid(i).tolist())
+        for index, start, _ in self.items:
+            s, grid = self.segments[index], self.file_grid(index)
+            grid = grid if start is None else grid[start : start + self.clip_len]
+            grids.setdefault((s.path, *kept(s.height, s.width, self.size)), set()).update(grid.tolist())
         for (path, h, w), grid in grids.items():
             if frames + len(grid) * h * w * 3 > budget:
                 break
