@@ -117,27 +117,34 @@ def frame_times(path):
     return np.array(times)
 
 
-def read_frames(path, times):
+def read_frames(path, times, source=None, part=None):
     """For each of `times` (ascending, seconds) the first frame that starts then or later -> uint8 (T, C, H, W).
 
-    RGB, at the file's own size. The memory is that of stacked images (channels innermost), which is what v2.Resize
-    works fastest on. Raises UserError if the file ends more than half a second before the last of the times.
+    RGB, whole, or of frames of the size `source` the central `part`, both (rows, columns). The memory is that of
+    stacked images (channels innermost), which is what v2.Resize works fastest on. Raises UserError if the file ends
+    more than half a second before the last of the times, or if a frame has another size.
     """
-    video, frames, frame = VideoReader(path), [], None
+    video, frames, fresh = VideoReader(path), None, True
     if times[0] > 3:
         video.jump_before(times[0])
     alive = video.grab()
-    for time in times:
+    for k, time in enumerate(times):
         while alive and video.time < time - 0.001:
-            alive, frame = video.grab(), None
-        if alive and frame is None:
-            frame = cv2.cvtColor(video.frame(), cv2.COLOR_BGR2RGB)
-        elif not alive and (not frames or time > video.time + 0.5):
+            alive, fresh = video.grab(), True
+        if not alive and (k == 0 or time > video.time + 0.5):
             raise UserError(f"{path} ends at {max(video.time, 0):.2f} s, before {time:.2f} s: it changed or is damaged")
-        frames.append(frame if frame is not None else frames[-1])
-    if len({f.shape for f in frames}) > 1:
-        raise UserError(f"{path} changes its frame size at about {times[0]:.1f} s")
-    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+        if not alive or not fresh:
+            frames[k] = frames[k - 1]
+            continue
+        image, fresh = video.frame(), False
+        source = source or image.shape[:2]
+        if image.shape[:2] != source:
+            raise UserError(f"{path} has another frame size at {video.time:.2f} s than before")
+        rows, columns = part or source
+        y, x = (source[0] - rows) // 2, (source[1] - columns) // 2
+        frames = np.empty((len(times), rows, columns, 3), np.uint8) if frames is None else frames
+        cv2.cvtColor(image[y : y + rows, x : x + columns], cv2.COLOR_BGR2RGB, frames[k])
+    return torch.from_numpy(frames).permute(0, 3, 1, 2)
 
 
 # ------------------------------------------------------------------------------------------------------- transform
@@ -162,23 +169,39 @@ def kept(height, width, size, margin=1.25):
     return min(h, int(size[1] * margin)), min(w, int(size[0] * margin))
 
 
-def resize(frames, size):
-    """uint8 (T, C, height, width) -> (T, C, h, w): `cover`, then the central `kept` part of it."""
-    height, width = frames.shape[-2:]
-    frames = v2.functional.resize(frames, list(cover(height, width, size)), antialias=True)
-    return v2.functional.center_crop(frames, list(kept(height, width, size)))
+def needed(height, width, size):
+    """(rows, columns) of the middle of a source frame that `kept` comes from; the rest needs no work."""
+    sides = zip((height, width), cover(height, width, size), kept(height, width, size), strict=True)
+    return tuple(source - (source - math.ceil(part * source / whole)) // 2 * 2 for source, whole, part in sides)
+
+
+def resize(frames, size, source=None):
+    """uint8 (T, C, height, width) -> (T, C, h, w): `cover`, then the central `kept` part of it.
+
+    `source`: the (height, width) of which the frames are the `needed` middle.
+    """
+    height, width = source or frames.shape[-2:]
+    (h, w), inner, part = cover(height, width, size), kept(height, width, size), needed(height, width, size)
+    sides = [max(inner[0], round(part[0] * h / height)), max(inner[1], round(part[1] * w / width))]
+    frames = v2.functional.resize(v2.functional.center_crop(frames, list(part)), sides, antialias=True)
+    return v2.functional.center_crop(frames, list(inner))
 
 
 class TrainTransform:
     """Random zoom and shift, mirror, tilt: one draw for all frames of a clip. uint8 (T, C, h, w) -> (T, C, H, W).
 
     Draws and means what v2.RandomResizedCrop, v2.RandomHorizontalFlip and v2.RandomRotation do one after the other. But
-    the three are one affine map, and OpenCV makes one pass over the pixels where v2 makes several, some in float.
+    the three are one affine map, and OpenCV makes one pass over the pixels where v2 makes several, some in float. Its
+    remap is faster than its warpAffine, because all frames share the work on the coordinates.
     """
 
     def __init__(self, size):
         self.size, self.rotation = size, v2.RandomRotation(10)
         self.grey = [round(255 * m) for m in IMAGENET[0]]  # for corners that a rotation leaves empty: 0 to the network
+        W, H = size
+        self.places = np.stack(
+            np.meshgrid(np.arange(W) - (W - 1) / 2, np.arange(H) - (H - 1) / 2), -1, dtype=np.float32
+        )
 
     def __call__(self, frames):
         W, H = self.size
@@ -188,13 +211,13 @@ class TrainTransform:
         top, left, h, w = crop.make_params([frames]).values()
         mirror = -1 if torch.rand(1) < 0.5 else 1
         angle = self.rotation.make_params([frames])["angle"]
-        # From the box to the clip, between centres of pixels: stretch about the middle, then turn about it
-        stretch = np.array([[mirror * W / w, 0], [0, H / h]])
-        turn = cv2.getRotationMatrix2D((0, 0), angle, 1)[:, :2] @ stretch
-        shift = np.array([W - 1, H - 1]) / 2 - turn @ (np.array([w - 1, h - 1]) / 2)
+        # Where in the box each pixel of the clip comes from: turned back about the middle, then shrunk to the box
+        back = np.diag([mirror * w / W, h / H]) @ cv2.getRotationMatrix2D((0, 0), -angle, 1)[:, :2]
+        places = cv2.transform(self.places, np.column_stack([back, [(w - 1) / 2, (h - 1) / 2]]))
+        maps = cv2.convertMaps(places, None, cv2.CV_16SC2)
         clip = np.empty((len(frames), H, W, 3), np.uint8)
         for image, out in zip(frames.permute(0, 2, 3, 1)[:, top : top + h, left : left + w].numpy(), clip, strict=True):
-            cv2.warpAffine(image, np.column_stack([turn, shift]), (W, H), out, borderValue=self.grey)
+            cv2.remap(image, *maps, cv2.INTER_LINEAR, out, cv2.BORDER_CONSTANT, self.grey)
         return torch.from_numpy(clip).permute(0, 3, 1, 2)
 
 
@@ -279,8 +302,10 @@ class ExerciseVideoDataset(Dataset):
         Files beyond `budget` bytes are decoded every time. Returns the number of bytes that may be taken.
         """
         grids, frames, filled = {}, 0, 0
-        for i, s in enumerate(self.segments):
-            grids.setdefault((s.path, *kept(s.height, s.width, self.size)), set()).update(self.file_grid(i).tolist())
+        for index, start, _ in self.items:
+            s, grid = self.segments[index], self.file_grid(index)
+            grid = grid if start is None else grid[start : start + self.clip_len]
+            grids.setdefault((s.path, *kept(s.height, s.width, self.size)), set()).update(grid.tolist())
         for (path, h, w), grid in grids.items():
             if frames + len(grid) * h * w * 3 > budget:
                 break
@@ -303,16 +328,16 @@ class ExerciseVideoDataset(Dataset):
         path, _, _, _, height, width = self.segments[index]
         if path in self.cache:
             slots, (start, *shape), first = self.cache[path]
-            frames = self.frames[start : start + math.prod(shape)].view(shape)
-            if self.filled[first + slots[grid]].all():
-                return frames[slots[grid]].permute(0, 3, 1, 2)
-        read = read_frames(path, (grid / self.clip_fps).tolist())
-        if read.shape[2:] != (height, width):
-            raise UserError(f"{path} has another frame size at {grid[0] / self.clip_fps:.1f} s than at its start")
-        read = resize(read, self.size)
+            slot = slots[grid[0]].item()  # neighbours on the grid are neighbours in the cache
+            frames = self.frames[start : start + math.prod(shape)].view(shape)[slot : slot + len(grid)]
+            filled = self.filled[first + slot : first + slot + len(grid)]
+            if filled.all():
+                return frames.permute(0, 3, 1, 2)
+        read = read_frames(path, (grid / self.clip_fps).tolist(), (height, width), needed(height, width, self.size))
+        read = resize(read, self.size, (height, width))
         if path in self.cache:
-            frames[slots[grid]] = read.permute(0, 2, 3, 1)
-            self.filled[first + slots[grid]] = 1
+            frames.copy_(read.permute(0, 2, 3, 1))
+            filled.fill_(1)  # last, for another worker may look
         return read
 
     def __getitem__(self, item):
@@ -325,7 +350,9 @@ class ExerciseVideoDataset(Dataset):
         if start is None:
             start = int(torch.randint(max(0, n - self.clip_len) + 1, ()))
         grid = self.file_grid(index)[start : start + self.clip_len]
-        frames = self.read(index, grid)[torch.arange(self.clip_len) % len(grid)]
+        frames = self.read(index, grid)
+        if n < self.clip_len:
+            frames = frames[torch.arange(self.clip_len) % n]
         clip = self.transform(frames)
         if self.debug_dir is not None and self.saved < 10:
             self._save_debug_sample(index, frames, clip)

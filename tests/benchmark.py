@@ -7,6 +7,7 @@
     python tests/benchmark.py precision  # top-1 of checkpoints/mobilenet_v2_3d.pt on data/demo, float32 to float16
     python tests/benchmark.py motion     # the same checkpoint on still and on shuffled clips
     python tests/benchmark.py learning   # seconds to 90 % on the demo, plain and ours, same recipe; about 15 minutes
+    python tests/benchmark.py loader     # clips a second of one loader process, beside other ways; about 3 minutes
 
 "plain" is the same table with nn.Conv3d everywhere in the default memory format: what public MobileNetV2-3D
 implementations are; on Linux with the allocator as PyTorch finds it, and ("kept") with freed memory kept, as
@@ -15,11 +16,13 @@ SparseModel.py sets it. All run in turn in one process; figures are medians, wit
 
 import argparse
 import ctypes
+import importlib
 import os
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -28,9 +31,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 from torch import nn
+from torchvision.transforms import v2
 
+import Dataset
 import Trainer
-from Dataset import DEMO_EXERCISES, ExerciseVideoDataModule, normalize
+from Dataset import (
+    DEMO_EXERCISES, IMAGENET, ExerciseVideoDataModule, ExerciseVideoDataset, Segment, normalize,
+)  # fmt: skip
 from HeatMap import load_checkpoint
 from SparseModel import Conv3d, SparseModel, build_model, fold_batch_norm
 
@@ -44,14 +51,14 @@ def plain(mode="standard"):
     return model
 
 
-def seconds(function, device):
+def seconds(function, device, clock=time.perf_counter):
     if device == "cuda":
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = clock()
     function()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def allocator(name):
@@ -64,7 +71,7 @@ def allocator(name):
             libc.malloc_trim(0)
 
 
-def in_turn(functions, rounds, device):
+def in_turn(functions, rounds, device, clock=time.perf_counter):
     """{name: seconds of each round}; the functions run one after the other in each round, after one to warm up.
 
     Each is called twice, and the second call is timed: the first settles what the one before left in the allocator.
@@ -74,7 +81,7 @@ def in_turn(functions, rounds, device):
         for name, function in functions.items():
             allocator(name)
             function()
-            spent = seconds(function, device)
+            spent = seconds(function, device, clock)
             if i:
                 times[name].append(spent)
     allocator("ours")
@@ -234,10 +241,132 @@ def memory():
                   f"{clip / (16 * H * W):.0f} |", flush=True)  # fmt: skip
 
 
+def pick(decoded, times):
+    """uint8 (T, C, H, W): for each of `times` the first of the (time, function for the image) that is not before it."""
+    images, (now, image) = [], next(decoded)
+    for moment in times:
+        while now < moment - 0.001:
+            now, image = next(decoded, (moment, image))
+        images.append(image())
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+
+def with_av(path, times, source=None, part=None):
+    with importlib.import_module("av").open(str(path)) as file:
+        file.streams.video[0].codec_context.thread_count = 1
+        frames = ((f.time - (file.streams.video[0].start_time or 0) * f.time_base, f) for f in file.decode(video=0))
+        return pick(((float(t), lambda f=f: f.to_ndarray(format="rgb24")) for t, f in frames), times)
+
+
+def with_decord(path, times, source=None, part=None):
+    video = importlib.import_module("decord").VideoReader(str(path), num_threads=1)
+    starts = video.get_frame_timestamp(range(len(video)))[:, 0]
+    numbers = np.searchsorted(starts - starts[0], np.array(times) - 0.001).clip(max=len(video) - 1)
+    return torch.from_numpy(video.get_batch(numbers).asnumpy()).permute(0, 3, 1, 2)
+
+
+def with_torchcodec(path, times, source=None, part=None):
+    video = importlib.import_module("torchcodec.decoders").VideoDecoder(
+        str(path), num_ffmpeg_threads=1, seek_mode="approximate", dimension_order="NHWC"
+    )
+    low, high = video.metadata.begin_stream_seconds, video.metadata.end_stream_seconds - 0.001
+    return video.get_frames_played_at([min(max(t, low), high) for t in times]).data.permute(0, 3, 1, 2)
+
+
+def original(size):
+    """The augmentation of the project's first version: float32 before anything else, normalised in the loader."""
+    return v2.Compose([
+        v2.ToDtype(torch.float32, scale=True), v2.Resize(450, antialias=True), v2.RandomResizedCrop(size[::-1]),
+        v2.RandomHorizontalFlip(), v2.RandomRotation(10), v2.Normalize(*IMAGENET),
+    ])  # fmt: skip
+
+
+def loader(data, rounds, n=16):
+    """n clips of 16 frames at 300x400, one thread: each way takes the same moments of the same files, in turn.
+
+    What counts is the time of the processor: the wall's on an idle machine, and not disturbed by others on a busy one.
+    """
+    torch.set_num_threads(1)
+    module = ExerciseVideoDataModule(data, workers=0, cache_gb=0)
+    module.setup()
+    segments = module.train_set.segments[:: max(1, len(module.train_set.segments) // n)][:n]
+    plain, first, cached = (ExerciseVideoDataset(segments, (300, 400), training=True) for _ in range(3))
+    for dataset in (first, cached):
+        dataset.keep_in_memory(4e9)
+    for i in range(n):
+        cached.read(i, cached.file_grid(i))
+    ours = Dataset.read_frames, Dataset.resize
+
+    def whole(path, times, *_):
+        return ours[0](path, times)
+
+    def way(dataset, decode=ours[0], resize=ours[1], transform=plain.transform):
+        def epoch():
+            Dataset.read_frames, Dataset.resize, dataset.transform = decode, resize, transform
+            if dataset is first:
+                first.filled.zero_()
+            for i in range(n):
+                dataset[i, i]
+
+        return epoch
+
+    ways = {"original": way(plain, whole, lambda frames, *_: frames, original((300, 400))),
+            "ours, first epoch": way(first), "ours, cached": way(cached)}  # fmt: skip
+    for name, decode in (("av", with_av), ("decord", with_decord), ("torchcodec", with_torchcodec)):
+        try:
+            assert decode(segments[0].path, [0.0]).dtype == torch.uint8
+            ways[f"ours, first epoch, decoded by {name}"] = way(
+                first, decode, lambda frames, size, _: ours[1](frames, size)
+            )
+        except (ImportError, OSError, RuntimeError):
+            print(f"({name} is not installed)")
+    times = in_turn(ways, rounds, "cpu", time.process_time)
+    Dataset.read_frames, Dataset.resize = ours
+    slow = statistics.median(times["original"])
+    print(f"{data}, {n} clips, {rounds} rounds, one thread")
+    print("\n| | clips/s | ms a clip | times the original |\n| --- | --- | --- | --- |")
+    for name, spent in times.items():
+        t = statistics.median(spent)
+        rates = f"{n / t:.1f} ({n / max(spent):.1f} to {n / min(spent):.1f})"
+        print(f"| {name} | {rates} | {1e3 * t / n:.0f} | {slow / t:.1f} |")
+    deep(rounds)
+
+
+def deep(rounds):
+    """Cost of a clip at the end of a 10-minute recording, 300x400 at 30 frames a second, beside one at its start."""
+    frames, _ = Dataset.render_demo_video("squat", 0)
+    with tempfile.TemporaryDirectory() as folder:
+        files = {"MPEG-4, key frame every 12": Path(folder) / "mpeg4.mp4"}
+        writer = Dataset.open_writer(*files.values(), "mp4v", 30, (300, 400))
+        for i in range(18000):
+            writer.write(frames[i % 120])
+        writer.release()
+        try:
+            import av
+
+            files["H.264, key frame every 250, B-frames"] = Path(folder) / "h264.mp4"
+            with av.open(str(files["H.264, key frame every 250, B-frames"]), "w") as file:
+                stream = file.add_stream("libx264", 30, width=300, height=400, pix_fmt="yuv420p",
+                                         options={"preset": "veryfast", "g": "250", "sc_threshold": "0"})  # fmt: skip
+                for i in range(18000):
+                    file.mux(stream.encode(av.VideoFrame.from_ndarray(frames[i % 120], format="bgr24")))
+                file.mux(stream.encode())
+        except ImportError:
+            pass
+        for name, path in files.items():
+            starts = [0.0] * 8 + [590.0 + k for k in range(8)]  # at several places between two key frames
+            data = ExerciseVideoDataset([Segment(path, 0, t, t + 1.875, 400, 300) for t in starts], (300, 400))
+            calls = {"start": lambda data=data: [data[k] for k in range(8)],
+                     "end": lambda data=data: [data[k] for k in range(8, 16)]}  # fmt: skip
+            times = in_turn(calls, rounds, "cpu", time.process_time)
+            start, end = (statistics.median(t) / 8 for t in times.values())
+            print(f"{name}: {1e3 * start:.0f} ms a clip at the start, {1e3 * end:.0f} at the end, {end / start:.2f}x")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "what", choices=("model", "memory", "copies", "scaling", "precision", "motion", "learning", "peak")
+        "what", choices=("model", "memory", "copies", "scaling", "precision", "motion", "learning", "loader", "peak")
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default: %(default)s)")
@@ -247,6 +376,7 @@ if __name__ == "__main__":
     parser.add_argument("--net", default="standard", help="of one process of `memory` (default: %(default)s)")
     parser.add_argument("--size", default="300x400", help="WxH of one process of `memory` (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=1, help="of one process of `memory` (default: %(default)s)")
+    parser.add_argument("--data", default="data/demo", help="folder with videos of `loader` (default: %(default)s)")
     args = parser.parse_args()
     if args.what == "peak":
         width, height = map(int, args.size.split("x"))
@@ -257,5 +387,6 @@ if __name__ == "__main__":
             "scaling": (args.device, args.rounds),
             "precision": (args.device,),
             "motion": (args.checkpoint,),
+            "loader": (args.data, args.rounds),
         }
         globals()[args.what](*parts.get(args.what, ()))

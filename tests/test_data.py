@@ -29,11 +29,13 @@ from Dataset import (
     cover,
     free_memory,
     kept,
+    needed,
     normalize,
     probe,
     read_frames,
     render_demo,
     render_demo_video,
+    resize,
     split_by_video,
     windows,
 )  # fmt: skip
@@ -261,6 +263,25 @@ def test_resized_frames_cover_the_target_and_keep_the_aspect():
             assert h >= H and w >= W and (h <= H + 1 or w <= W + 1)
             assert abs(h / height - w / width) <= 1 / min(height, width)
             assert W <= kept(height, width, (W, H))[1] <= 1.25 * W + 1
+
+
+def test_only_the_part_that_is_kept_is_converted_and_resized(tmp_path):
+    for height, width in ((90, 161), (160, 90), (96, 72), (75, 301)):
+        picture = cv2.resize(np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8), (width, height))
+        whole = torch.from_numpy(picture).permute(2, 0, 1)[None]
+        expected = v2.functional.resize(whole, list(cover(height, width, (60, 80))), antialias=True)
+        expected = v2.functional.center_crop(expected, list(kept(height, width, (60, 80))))
+        got = resize(whole, (60, 80))
+        assert got.shape == expected.shape  # half a pixel is up to 9 levels of this picture
+        assert (got.int() - expected.int()).abs().float().mean() < 2.5
+        part = needed(height, width, (60, 80))
+        middle = v2.functional.center_crop(whole, list(part))
+        assert (resize(middle, (60, 80), (height, width)) == got).all()
+        write_video(tmp_path / "v.avi", np.stack([picture] * 3)[:, : height // 2 * 2, : width // 2 * 2], 10, "MJPG")
+    frames, cut = read_frames(tmp_path / "v.avi", [0.0]).shape[2:], needed(74, 300, (60, 80))
+    assert frames == (74, 300) and cut == (74, 70)
+    cut = read_frames(tmp_path / "v.avi", [0.0], frames, cut)
+    assert (cut == read_frames(tmp_path / "v.avi", [0.0])[..., 115:185]).all()
 
 
 # ------------------------------------------------------------------------------------------------- cache and split
