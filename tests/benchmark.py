@@ -36,7 +36,12 @@ from torchvision.transforms import v2
 import Dataset
 import Trainer
 from Dataset import (
-    DEMO_EXERCISES, IMAGENET, ExerciseVideoDataModule, ExerciseVideoDataset, Segment, normalize,
+    DEMO_EXERCISES,
+    IMAGENET,
+    ExerciseVideoDataModule,
+    ExerciseVideoDataset,
+    Segment,
+    normalize,
 )  # fmt: skip
 from HeatMap import load_checkpoint
 from SparseModel import Conv3d, SparseModel, build_model, fold_batch_norm
