@@ -18,6 +18,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
@@ -445,8 +446,12 @@ def collate(samples):
 
 
 def start_worker(_):
-    """Ctrl-C is for the main process, which ends the workers; without this each of them prints a traceback."""
+    """Ctrl-C is for the main process, which ends the workers; without this each of them prints a traceback.
+
+    It ends them by a signal, after which they should still remove the temporary folder that torch made for them.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
 
