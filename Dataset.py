@@ -1,4 +1,4 @@
-"""Videos to batches: decode -> sample by time -> transform the whole clip -> batch; and the demo data set.
+"""Videos to batches: decode -> transform -> sample by time -> batch -> find and label the files; and the demo data set.
 
     data = ExerciseVideoDataModule("my_videos", size=(300, 400))     # my_videos/<class>/*.mp4
     data.setup()
@@ -302,7 +302,7 @@ class ExerciseVideoDataset(Dataset):
 
         Files beyond `budget` bytes are decoded every time. Returns the number of bytes that may be taken.
         """
-        grids, frames, filled = {}, 0, 0
+        self.cache, grids, frames, filled = {}, {}, 0, 0
         for index, start, _ in self.items:
             s, grid = self.segments[index], self.file_grid(index)
             grid = grid if start is None else grid[start : start + self.clip_len]
@@ -310,9 +310,7 @@ class ExerciseVideoDataset(Dataset):
         for (path, h, w), grid in grids.items():
             if frames + len(grid) * h * w * 3 > budget:
                 break
-            slots = torch.zeros(
-                max(grid) + 1, dtype=torch.int64
-            )  # windows of a recording overlap, and some are not used
+            slots = torch.zeros(max(grid) + 1, dtype=torch.int64)  # windows of a recording overlap or leave gaps
             slots[sorted(grid)] = torch.arange(len(grid))
             self.cache[path] = slots, (frames, len(grid), h, w, 3), filled
             frames, filled = frames + len(grid) * h * w * 3, filled + len(grid)
