@@ -654,6 +654,8 @@ class ExerciseVideoDataModule:
         table, parts = root / "split.csv", {part: [] for part in PARTS} | {"train": videos}
         if table.is_file():
             parts = split_by_table(videos, table, self.notes)
+            if not parts["val"]:
+                self.notes.append(f"{table} lists none for val: a fifth of those for train validate, drawn by the seed")
         else:
             self.notes.append(f"split by video: if one person is in several, keep them together by {table} (the line "
                               "id,split, then lines of a name without .mp4 and train, val or test)")  # fmt: skip
