@@ -1,4 +1,4 @@
-"""Videos to batches: decode -> sample by time -> transform the whole clip -> batch; and the demo data set.
+"""Videos to batches: decode -> transform -> sample by time -> batch -> find and label the files; and the demo data set.
 
     data = ExerciseVideoDataModule("my_videos", size=(300, 400))     # my_videos/<class>/*.mp4
     data.setup()
@@ -18,6 +18,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
@@ -301,7 +302,7 @@ class ExerciseVideoDataset(Dataset):
 
         Files beyond `budget` bytes are decoded every time. Returns the number of bytes that may be taken.
         """
-        grids, frames, filled = {}, 0, 0
+        self.cache, grids, frames, filled = {}, {}, 0, 0
         for index, start, _ in self.items:
             s, grid = self.segments[index], self.file_grid(index)
             grid = grid if start is None else grid[start : start + self.clip_len]
@@ -309,9 +310,7 @@ class ExerciseVideoDataset(Dataset):
         for (path, h, w), grid in grids.items():
             if frames + len(grid) * h * w * 3 > budget:
                 break
-            slots = torch.zeros(
-                max(grid) + 1, dtype=torch.int64
-            )  # windows of a recording overlap, and some are not used
+            slots = torch.zeros(max(grid) + 1, dtype=torch.int64)  # windows of a recording overlap or leave gaps
             slots[sorted(grid)] = torch.arange(len(grid))
             self.cache[path] = slots, (frames, len(grid), h, w, 3), filled
             frames, filled = frames + len(grid) * h * w * 3, filled + len(grid)
@@ -445,8 +444,12 @@ def collate(samples):
 
 
 def start_worker(_):
-    """Ctrl-C is for the main process, which ends the workers; without this each of them prints a traceback."""
+    """Ctrl-C is for the main process, which ends the workers; without this each of them prints a traceback.
+
+    It ends them by a signal, after which they should still remove the temporary folder that torch made for them.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
 
@@ -651,6 +654,8 @@ class ExerciseVideoDataModule:
         table, parts = root / "split.csv", {part: [] for part in PARTS} | {"train": videos}
         if table.is_file():
             parts = split_by_table(videos, table, self.notes)
+            if not parts["val"]:
+                self.notes.append(f"{table} lists none for val: a fifth of those for train validate, drawn by the seed")
         else:
             self.notes.append(f"split by video: if one person is in several, keep them together by {table} (the line "
                               "id,split, then lines of a name without .mp4 and train, val or test)")  # fmt: skip

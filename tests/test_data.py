@@ -5,13 +5,15 @@ import math
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import write_video
+from conftest import ROOT, write_video
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
@@ -347,6 +349,17 @@ class Threads(torch.utils.data.Dataset):
 
 def test_workers_run_one_thread():
     assert next(iter(DataLoader(Threads(), 1, num_workers=1, worker_init_fn=Dataset.start_worker)))[0].max() == 1
+
+
+def test_ctrl_c_leaves_nothing_in_the_temporary_folder(folder, tmp_path):
+    code = ("import sys; from Dataset import ExerciseVideoDataModule\n"
+            f"data = ExerciseVideoDataModule({str(folder)!r}, (48, 64), batch_size=2, workers=1, cache_gb=0.1)\n"
+            "data.setup(); next(iter(data.train_dataloader())); raise KeyboardInterrupt")  # fmt: skip
+    before = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert "KeyboardInterrupt" in done.stderr and not list(tmp_path.iterdir())
+    assert not before or not {name for name in set(os.listdir("/dev/shm")) - before if name.startswith("torch")}
 
 
 def test_a_limit_of_the_container_is_respected(monkeypatch):
