@@ -62,11 +62,11 @@ def width_x_height(text):
     return tuple(map(int, match.groups()))
 
 
-def at_least(low, kind=int):
+def between(low, high=math.inf, kind=int):
     def number(text):
         value = kind(text)
-        if not value >= low:
-            raise argparse.ArgumentTypeError(f"{text} is too small: at least {low}")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
 
     number.__name__ = kind.__name__  # argparse names it in the message for text that is no number
@@ -85,33 +85,38 @@ def parse_args(argv=None):
     add("--data", default="data/demo", help="folder with a folder of videos a class, or with videos/ and labels/; "
         "the demo is rendered if missing")  # fmt: skip
     add("--size", type=width_x_height, default="300x400", metavar="WxH", help="width x height of the clips in pixels")
-    add("--clip-len", type=at_least(1), default=16, help="length of a clip in frames")
-    add("--clip-fps", type=at_least(0.1, float), default=8.0, help="frames a second of a clip, whatever the file has")
-    add("--clips-per-video", type=at_least(1), default=3, help="clips averaged for the accuracy of a video")
-    add("--background-ratio", type=at_least(0, float), default=0.3, help="recordings: share of no_exercise kept")
-    add("--workers", type=at_least(0), default=4, help="loader processes; 0 in debug mode")
-    add("--cache-gb", type=at_least(0, float), default=memory, help="GB of RAM for decoded frames; 0 in debug mode")
+    add("--clip-len", type=between(1), default=16, help="length of a clip in frames")
+    add(
+        "--clip-fps",
+        type=between(0.1, kind=float),
+        default=8.0,
+        help="frames a second of a clip, whatever the file has",
+    )
+    add("--clips-per-video", type=between(1), default=3, help="clips averaged for the accuracy of a video")
+    add("--background-ratio", type=between(0, 1, float), default=0.3, help="recordings: share of no_exercise kept")
+    add("--workers", type=between(0), default=4, help="loader processes; 0 in debug mode")
+    add("--cache-gb", type=between(0, kind=float), default=memory, help="GB of RAM for decoded frames; 0 in debug mode")
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=MODELS, default=MODELS[0], help="network")
     add("--mode", choices=MODES, default=MODES[0], help="mobilenet_v2_3d: halve time like space, or keep all frames")
-    add("--width-mult", type=at_least(0.05, float), default=1.0, help="mobilenet_v2_3d: factor on the channels")
+    add("--width-mult", type=between(0.05, kind=float), default=1.0, help="mobilenet_v2_3d: factor on the channels")
     add("--weights", default="auto", help="start from: none, kinetics, auto (kinetics where it can be had), or a file")
     add("--freeze", **switch, help="train the last linear layer alone")
     add = parser.add_argument_group("training").add_argument
     add("--debug", **switch, help="5 %% of one epoch, pictures in debug_output/")
-    add("--epochs", type=at_least(1), default=10, help="passes over the training videos; 1 in debug mode")
-    add("--batch-size", type=at_least(1), default=16, help="clips an update, over all processes")
-    add("--micro-batch", type=at_least(0), default=0, help="clips computed at a time; 0: all, on a CPU what fits 5 GB")
+    add("--epochs", type=between(1), default=10, help="passes over the training videos; 1 in debug mode")
+    add("--batch-size", type=between(1), default=16, help="clips an update, over all processes")
+    add("--micro-batch", type=between(0), default=0, help="clips computed at a time; 0: all, on a CPU what fits 5 GB")
     add("--optimizer", choices=("adamw", "sgd"), default="adamw", help="update rule")
-    add("--lr", type=at_least(0, float), default=0.003, help="peak learning rate; about 0.05 suits sgd")
-    add("--backbone-lr", type=at_least(0, float), help="factor on --lr for all but the last layer; None: 0.1 for "
+    add("--lr", type=between(0, kind=float), default=0.003, help="peak learning rate; about 0.05 suits sgd")
+    add("--backbone-lr", type=between(0, kind=float), help="factor on --lr for all but the last layer; None: 0.1 for "
         "trained weights, else 1")  # fmt: skip
-    add("--weight-decay", type=at_least(0, float), default=0.02, help="on convolutions and the last layer")
-    add("--warmup", type=at_least(0, float), default=3.0, help="epochs up to the peak, then a cosine to 1 %% of it")
-    add("--label-smoothing", type=at_least(0, float), default=0.1, help="share of the target for all classes, 0 to 1")
+    add("--weight-decay", type=between(0, kind=float), default=0.02, help="on convolutions and the last layer")
+    add("--warmup", type=between(0, kind=float), default=3.0, help="epochs up to the peak, then a cosine to 1 %% of it")
+    add("--label-smoothing", type=between(0, 1, float), default=0.1, help="share of the target for all classes, 0 to 1")
     add("--class-weights", choices=("off", "inverse"), default="off", help="weight of a class in the loss: 1, or the "
         "inverse of its share")  # fmt: skip
-    add("--clip-grad", type=at_least(0, float), default=5.0, help="largest norm of the gradient; 0: no limit")
+    add("--clip-grad", type=between(0, kind=float), default=5.0, help="largest norm of the gradient; 0: no limit")
     add("--amp", **switch | {"default": True}, help="mixed precision on CUDA")
     add("--deterministic", **switch, help="the same numbers in every run, slower on CUDA")
     add("--device", default="auto", help="cuda, cuda:1, mps or cpu; auto: the first of these that is there")
@@ -454,6 +459,8 @@ def main(args):
     if source:
         say(f"resumed    {source} after epoch {checkpoint['epoch']} of {args.epochs}")
     else:
+        if last.exists() and not args.debug:
+            say(f"replaced   the run in {folder} (--resume would go on with it)")
         metrics, _ = evaluate(model, data.val_set, val_loader, 1, micro_batch, to_logits, rank, world)
         say(f"{warning}at start   loss {metrics['val_loss']:.3f}; a network that knows nothing has "
             f"ln({len(data.classes)}) = {math.log(len(data.classes)):.3f}")  # fmt: skip

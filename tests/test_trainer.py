@@ -59,7 +59,8 @@ def test_debug_means_what_it_says(text, value):
     assert Trainer.parse_args(["--debug", text]).debug is value
 
 
-WRONG = ["--debug maybe", "--size 300", "--size 300x", "--size 8x8", "--epochs 0", "--lr -1", "--model resnet"]
+WRONG = ["--debug maybe", "--size 300", "--size 300x", "--size 8x8", "--epochs 0", "--lr -1", "--model resnet",
+         "--background-ratio 2", "--label-smoothing nan"]  # fmt: skip
 
 
 @pytest.mark.parametrize("flags", [flags.split() for flags in WRONG])
