@@ -37,6 +37,7 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -161,62 +162,76 @@ def read_windows(path, size, clip_len, clip_fps, stride):
         yield count - real, torch.cat([frames[i % real] for i in range(clip_len)]), real
 
 
+def clips_at_once(shape):
+    """How many clips of (T, H, W) to pass through the network together: two of 16x400x300, which takes 0.7 GB."""
+    return max(1, 4_000_000 // math.prod(shape))
+
+
+def to_network(clips, checkpoint, device):
+    """uint8 clips (T, C, H, W) -> float32 (B, C, T, H, W) on the device, normalised as in training."""
+    return normalize(torch.stack(list(clips)).to(device), checkpoint["mean"], checkpoint["std"])
+
+
 def spacing(n, cells):
-    """Distance of a stage's cells in frames or pixels of the clip: a power of 2, as all strides here are 1 or 2."""
+    """Distance of a stage's cells in frames or pixels of the clip: a power of 2, as all strides here are 1 or 2.
+
+    Cell i looks at i * spacing: odd kernels are centred there. A plain resize of the map, which takes cells for tiles
+    of the frame, puts it up to half a cell off.
+    """
     return 2 ** math.ceil(math.log2(n / cells))
 
 
 def between(at, cells):
-    """Weights (len(at), cells), float32, of linear interpolation at the positions `at`, counted in cells."""
-    at = np.clip(at, 0, cells - 1)
-    return np.maximum(0, 1 - abs(at[:, None] - np.arange(cells))).astype(np.float32)
+    """Weights (len(at), cells), float32, of smooth interpolation at the positions `at`, counted in cells."""
+    distance = abs(np.clip(at, 0, cells - 1)[:, None] - np.arange(cells))
+    return (np.cos(np.pi / 2 * np.minimum(distance, 1)) ** 2).astype(np.float32)
 
 
 def keep_small(maps, side=64):
-    """Maps (B, T', H', W') averaged down to at most 64 cells a side: what is kept of a long video stays small.
+    """Maps (B, T', H', W') averaged down to at most 64 cells a side, so that what is kept of a long video is small.
 
-    Cell i stays in its place: it looks at pixel i * spacing, as in a convolution.
+    Cell i still lies at pixel i * spacing, as after a convolution with a stride.
     """
-    f = max(1, spacing(max(maps.shape[-2:]), side))
+    f = spacing(max(maps.shape[-2:]), side)
     return F.avg_pool2d(maps, 2 * f - 1, f, f - 1, count_include_pad=False) if f > 1 else maps
 
 
 def explain_video(model, checkpoint, path, layers, methods, targets, device, stride):
     """The Explanation of a video of any length. Without targets the class that is most probable over all windows.
 
-    A window's map lies in time where its cells look: cell i at frame i * spacing. Windows overlap, each with the weight
-    sin^2 over its length, so that none begins or ends with a jump.
+    Windows start every `stride` frames of the grid and are averaged with the weight sin^2 over their length, so that
+    none begins or ends with a jump. Only their small maps are kept, not their frames.
     """
     T, fps, size = checkpoint["clip_len"], checkpoint["clip_fps"], checkpoint["size"]
-    batch_size = max(1, 4_000_000 // (T * size[0] * size[1]))  # two clips of 300x400: larger ones are not faster
-    taper = (np.sin(np.pi * (np.arange(T) + 0.5) / T) ** 2).astype(np.float32)
-    kept, weights, moments, scores, given = {}, [], [], [], targets
-    hint = VideoReader(path)
-    total = max(1, math.ceil((hint.cap.get(cv2.CAP_PROP_FRAME_COUNT) / hint.fps * fps - T) / stride) + 1)
-    windows = ahead(tqdm(read_windows(path, size, T, fps, stride), "explain", total, leave=False, unit="window"))
-    while batch := list(islice(windows, batch_size)):
-        clips = normalize(torch.stack([c for _, c, _ in batch]).to(device), checkpoint["mean"], checkpoint["std"])
-        maps, logits = explain(model, clips, layers, methods, targets)
-        targets = list(dict.fromkeys(target for *_, target in maps))
+    hint, windows, scores, explained = VideoReader(path), [], [], targets
+    seconds = hint.cap.get(cv2.CAP_PROP_FRAME_COUNT) / hint.fps
+    bar = tqdm(desc="explain", total=max(1, math.ceil((seconds * fps - T) / stride) + 1), leave=False, unit="window")
+    clips = ahead(read_windows(path, size, T, fps, stride))
+    while batch := list(islice(clips, clips_at_once((T, *size)))):
+        starts, frames, reals = zip(*batch, strict=True)
+        maps, logits = explain(model, to_network(frames, checkpoint, device), layers, methods, explained)
+        explained = explained or [target for *_, target in maps][:1]
         scores.append(logits.softmax(1).cpu().numpy())
-        for start, _, real in batch:
-            moments.append((start + (real - 1) / 2) / fps)
-            weights += [0.0] * (start + real - len(weights))
-            weights[start : start + real] = [w + t for w, t in zip(weights[start:], taper[:real], strict=False)]
-        for row, signed in maps.items():
-            signed = keep_small(signed).cpu().numpy()
-            frames = kept.setdefault(row, [])
-            steps = between(np.arange(T) / spacing(T, signed.shape[1]), signed.shape[1])
-            for (start, _, real), window in zip(batch, signed, strict=True):
-                frames += [np.zeros(window.shape[1:], np.float32) for _ in range(start + real - len(frames))]
-                for i, cells in enumerate(np.tensordot(steps[:real] * taper[:real, None], window, 1)):
-                    frames[start + i] += cells
+        small = [keep_small(signed).cpu().numpy() for signed in maps.values()]
+        windows += zip(starts, reals, zip(*small, strict=True), strict=True)
+        bar.update(len(batch))
+    bar.close()
     scores = np.concatenate(scores)
     best = int(scores.mean(0).argmax())
-    if not given and targets != [best]:  # the first windows had spoken for another class
+    if not targets and explained != [best]:  # the first windows had spoken for another class
         return explain_video(model, checkpoint, path, layers, methods, [best], device, stride)
-    weights = np.array(weights, np.float32)[:, None, None]
-    return Explanation(list(kept), [np.stack(f) / weights for f in kept.values()], fps, np.array(moments), scores)
+
+    taper = (np.sin(np.pi * (np.arange(T) + 0.5) / T) ** 2).astype(np.float32)[:, None]
+    sums = [np.zeros((windows[-1][0] + windows[-1][1], *cells.shape[1:]), np.float32) for cells in windows[0][2]]
+    weight = np.zeros((len(sums[0]), 1, 1), np.float32)
+    for start, real, maps in windows:
+        weight[start : start + real] += taper[:real, None]
+        for total, cells in zip(sums, maps, strict=True):
+            steps = between(np.arange(T) / spacing(T, len(cells)), len(cells))
+            total[start : start + real] += np.tensordot((taper * steps)[:real], cells, 1)
+    moments = np.array([(start + (real - 1) / 2) / fps for start, real, _ in windows])
+    rows = list(product(layers, methods, explained))
+    return Explanation(rows, [total / weight for total in sums], fps, moments, scores)
 
 
 # ----------------------------------------------------------------------------------------------------------- check
@@ -241,22 +256,30 @@ def occlude(model, clip, heat, target):
     """Class probability (2, len(SHARES)): the hottest shares of the clip blurred away, and nothing but these left."""
     fields = F.adaptive_avg_pool2d(clip.mean(1), 4)[None]
     blurred = F.interpolate(fields, clip.shape[2:], mode="bilinear")[0][:, None]
-    order, scores = heat.flatten().argsort(descending=True), []
-    hot = torch.zeros(heat.numel(), dtype=torch.bool, device=heat.device)
+    order, variants = heat.flatten().argsort(descending=True), []
+    hot = torch.zeros_like(order, dtype=torch.bool)
     for share in SHARES:
         hot[order[: round(share * len(order))]] = True
         mask = hot.view(heat.shape)
-        pair = torch.stack([torch.where(mask, blurred, clip), torch.where(mask, clip, blurred)])
-        scores.append(model(pair).softmax(1)[:, target])
-    return torch.stack(scores, 1).cpu().numpy()
+        variants += [torch.where(mask, blurred, clip), torch.where(mask, clip, blurred)]
+    batches = torch.stack(variants).split(clips_at_once(clip.shape[1:]))
+    return torch.cat([model(batch) for batch in batches]).softmax(1)[:, target].view(-1, 2).T.cpu().numpy()
 
 
-def renewed(model, checkpoint, keep):
-    """The network with its first `keep` stages as trained; all others, and the classifier, as before any training."""
-    fresh = build_model(checkpoint["model_name"], **checkpoint["model_args"])
+@torch.no_grad()
+def renewed(model, checkpoint, clips, keep):
+    """The network with its first `keep` stages as trained; all others, and the classifier, as before any training.
+
+    The statistics of their batch norms are those of the clips, else the signal fades from layer to layer.
+    """
+    fresh = build_model(checkpoint["model_name"], **checkpoint["model_args"]).to(clips.device)
     for i in range(keep):
         fresh.features[i] = model.features[i]
-    return fresh.to(next(model.parameters()).device).eval().requires_grad_(False)
+    for module in fresh.train().modules():
+        if isinstance(module, nn.BatchNorm3d):
+            module.momentum = 1.0
+    fresh(clips[:2])
+    return fresh.eval().requires_grad_(False)
 
 
 def correlation(a, b):
@@ -265,38 +288,36 @@ def correlation(a, b):
     return float(a @ b / (a.norm() * b.norm()).clamp_min(1e-300))
 
 
-def check(model, checkpoint, clips, rows):
-    """Both tests of the module's docstring on clips (B, 3, T, H, W), at most four.
+def check(model, checkpoint, clips, layers, methods, targets):
+    """Both tests of the module's docstring on clips (B, 3, T, H, W), normalised.
 
     Returns lines (layer, method, target, test, part, value, random): for "deletion" and "insertion" the part is the
     share, value and random are probabilities, means over clips (and draws); for "new weights" the part is the number of
-    stages left as trained, the value a mean correlation over draws, random its largest amount.
+    stages left as trained, value the mean correlation, random the largest of a draw.
     """
-    lines, layers = [], list(dict.fromkeys(layer for layer, *_ in rows))
-    methods, targets = (list(dict.fromkeys(row[i] for row in rows)) for i in (1, 2))
-    one_by_one = [explain(model, clip[None], layers, methods, targets)[0] for clip in clips]
-    maps = {row: torch.cat([found[row] for found in one_by_one]) for row in rows}
-    n = len(model.features)
+
+    def maps_of(net):
+        found = [explain(net, clip[None], layers, methods, targets)[0] for clip in clips]
+        return {row: torch.cat([maps[row] for maps in found]) for row in found[0]}
+
+    ours, n, lines = maps_of(model), len(model.features), []
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        again = {row: {} for row in rows}
         for keep in tqdm((n, 2 * n // 3, n // 3, 0), "check: new weights", leave=False):
-            for _ in range(DRAWS):
-                net = renewed(model, checkpoint, keep)
-                found = [explain(net, clip[None], layers, methods, targets)[0] for clip in clips]
-                for row in rows:
-                    value = correlation(maps[row], torch.cat([f[row] for f in found]))
-                    again[row].setdefault(keep, []).append(value)
-        for row in tqdm(rows, "check: deletion", leave=False):
-            ours, random = [], []
-            for clip, cells in zip(clips, maps[row], strict=True):
+            draws = [maps_of(renewed(model, checkpoint, clips, keep)) for _ in range(DRAWS)]
+            for row in ours:
+                values = [correlation(ours[row], draw[row]) for draw in draws]
+                lines.append((*row, "new weights", keep, np.mean(values), max(values, key=abs)))
+        for row in tqdm(ours, "check: deletion", leave=False):
+            p = []  # (clips, ours and random ones, 2, SHARES)
+            for clip, cells in zip(clips, ours[row], strict=True):
                 heat = to_clip(cells, clip.shape[1:])
-                ours.append(occlude(model, clip, heat, row[2]))
-                random += [occlude(model, clip, surrogate(heat), row[2]) for _ in range(DRAWS)]
-            ours, random = np.mean(ours, 0), np.mean(random, 0)
+                regions = [heat, *(surrogate(heat) for _ in range(DRAWS))]
+                p.append([occlude(model, clip, region, row[2]) for region in regions])
+            p = np.array(p)
             for i, test in enumerate(("deletion", "insertion")):
-                lines += [(*row, test, s, *pair) for s, *pair in zip(SHARES, ours[i], random[i], strict=True)]
-            lines += [(*row, "new weights", k, np.mean(v), max(v, key=abs)) for k, v in again[row].items()]
+                both = zip(SHARES, p[:, 0, i].mean(0), p[:, 1:, i].mean((0, 1)), strict=True)
+                lines += [(*row, test, *values) for values in both]
     return lines
 
 
@@ -349,9 +370,9 @@ def overlay(picture, heat, tables):
 
 def text(line, size, room, colour=WHITE):
     """A strip of text, `size` pixels high or less where it needs more than `room` pixels: uint8 (1.5 size, w, 3)."""
-    width = cv2.getTextSize((1, 1), line, (0, 0), FONT, size)[2] + size
+    width = cv2.getTextSize((1, 1), line, (0, 0), FONT, size, 500)[2] + size
     size = max(6, int(size * min(1, room / width)))
-    width = min(room, cv2.getTextSize((1, 1), line, (0, 0), FONT, size)[2] + size)
+    width = min(room, cv2.getTextSize((1, 1), line, (0, 0), FONT, size, 500)[2] + size)
     strip = np.full((size + size // 2, max(1, width), 3), DARK, np.uint8)
     cv2.putText(strip, line, (size // 2, int(1.1 * size)), colour, FONT, size, 500)
     return strip
@@ -553,8 +574,8 @@ def parse_args(argv=None):
     )
     add("--top-k", type=int, default=3, help="most probable classes to name (default: %(default)s)")
     add("--npy", action="store_true", help="write <output>.npz as well, all float32: times (N,) in seconds, and for "
-        "each map, by its name, the signed un-normalised values (N, H', W') at the stage's own resolution, means of the "
-        "windows; stages of more than 64 cells a side are averaged down (default: not)")  # fmt: skip
+        "each map, by its name, the signed un-normalised values (N, H', W') at the stage's own resolution, means of "
+        "the windows; stages of more than 64 cells a side are averaged down (default: not)")  # fmt: skip
     add("--check", action="store_true", help="test whether the maps can be believed, see above; the numbers go to "
         "<output>_check.csv (default: not)")  # fmt: skip
     add("--device", default="auto", help="cuda, mps or cpu; auto: the first that is there (default: %(default)s)")
@@ -628,8 +649,9 @@ def explain_file(video, output, model, checkpoint, layers, methods, targets, dev
     if args.check:
         few = set(np.linspace(0, len(found.moments) - 1, 4).round().astype(int).tolist())
         windows = read_windows(video, checkpoint["size"], checkpoint["clip_len"], checkpoint["clip_fps"], stride)
-        clips = torch.stack([clip for i, (_, clip, _) in enumerate(windows) if i in few]).to(device)
-        table = check(model, checkpoint, normalize(clips, checkpoint["mean"], checkpoint["std"]), found.rows)
+        clips = to_network([clip for i, (_, clip, _) in enumerate(windows) if i in few], checkpoint, device)
+        explained = list(dict.fromkeys(target for *_, target in found.rows))
+        table = check(model, checkpoint, clips, layers, methods, explained)
         for name, row in zip(names, found.rows, strict=True):
             print(*verdicts([line for line in table if line[:3] == row], name), sep="\n")
         with open(results(output)[3], "w", newline="") as file:
