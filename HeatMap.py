@@ -272,12 +272,12 @@ def renewed(model, checkpoint, clips, keep):
 
     The statistics of their batch norms are those of the clips, else the signal fades from layer to layer.
     """
-    fresh = build_model(checkpoint["model_name"], **checkpoint["model_args"]).to(clips.device)
+    fresh = build_model(checkpoint["model_name"], **checkpoint["model_args"]).to(clips.device).eval()
+    for module in fresh.features[keep:].modules():
+        if isinstance(module, nn.BatchNorm3d):
+            module.train().momentum = 1.0
     for i in range(keep):
         fresh.features[i] = model.features[i]
-    for module in fresh.train().modules():
-        if isinstance(module, nn.BatchNorm3d):
-            module.momentum = 1.0
     fresh(clips[:2])
     return fresh.eval().requires_grad_(False)
 
@@ -666,6 +666,8 @@ def main(args):
         raise UserError("there is no checkpoint in checkpoints/: make one with python Trainer.py --debug False")
     if not 0 <= args.alpha <= 1:
         raise UserError(f"--alpha {args.alpha} is not between 0 and 1")
+    if args.top_k < 0:
+        raise UserError(f"--top-k {args.top_k} is not a number of classes")
     methods = [METHODS[choose(name, METHODS, "method")] for name in args.method.split(",")]
     jobs = find_jobs(args)
 
