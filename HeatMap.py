@@ -442,7 +442,9 @@ def draw(path, found, size, classes, names, args):
     (height, width), (W, H) = first[1].shape[:2], size
     columns, h, w = arrange(len(names) + args.side_by_side, height, width)
     ys, xs = (positions(n, c, seen) for n, c, seen in zip((h, w), cover(height, width, size), (H, W), strict=True))
-    grids = [(between(ys / spacing(H, m.shape[1]), m.shape[1]), between(xs / spacing(W, m.shape[2]), m.shape[2]).T)
+    seen_y, seen_x = abs(ys - (H - 1) / 2) < H / 2, abs(xs - (W - 1) / 2) < W / 2
+    axes = (ys, H, seen_y, 1), (xs, W, seen_x, 2)  # no heat on what the network could not see
+    grids = [[seen[:, None] * between(at / spacing(n, m.shape[i]), m.shape[i]) for at, n, seen, i in axes]
              for m in found.maps]  # fmt: skip
     peaks, tables = [max(float(m.max()), 1e-30) for m in found.maps], palette(args.colormap, args.alpha)
     letters = int(min(max(h / 30, 10), 40))
@@ -454,11 +456,11 @@ def draw(path, found, size, classes, names, args):
         source = frame if (h, w) == (height, width) else cv2.resize(frame, (w, h), interpolation=cv2.INTER_AREA)
         at = min(max(time * found.fps, 0), len(found.maps[0]) - 1)
         seen, low, panels = source.copy(), int(at), [source]
-        seen[abs(ys - (H - 1) / 2) > H / 2] //= 3  # what the network could not see
-        seen[:, abs(xs - (W - 1) / 2) > W / 2] //= 3
+        seen[~seen_y] //= 3
+        seen[:, ~seen_x] //= 3
         for maps, (down, across), peak in zip(found.maps, grids, peaks, strict=True):
             near = np.maximum(maps[low : low + 2], 0) / peak
-            panels.append(overlay(seen, down @ (near[0] + (at - low) * (near[-1] - near[0])) @ across, tables))
+            panels.append(overlay(seen, down @ (near[0] + (at - low) * (near[-1] - near[0])) @ across.T, tables))
         for i, panel in enumerate(panels if args.side_by_side else panels[1:]):
             paste(canvas, panel, i % columns * w, i // columns * h)
         for i, tag in enumerate(tags if len(tags) > 1 else [], args.side_by_side):
