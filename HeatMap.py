@@ -127,7 +127,7 @@ def explain(model, clips, layers, methods, targets=None):
     return maps, logits.detach()
 
 
-def ahead(items, n=4):
+def ahead(items, n=2):
     """The items of an iterator, made by a thread that is up to `n` of them ahead; its errors come out here."""
     items = iter(items)
     with ThreadPoolExecutor(1) as thread:
