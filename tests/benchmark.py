@@ -8,6 +8,8 @@
     python tests/benchmark.py motion     # the same checkpoint on still and on shuffled clips
     python tests/benchmark.py learning   # seconds to 90 % on the demo, plain and ours, same recipe; about 15 minutes
     python tests/benchmark.py loader     # clips a second of one loader process, beside other ways; about 3 minutes
+    python tests/benchmark.py heatmap    # seconds a second of video, ours beside the straightforward way and grad-cam
+    python tests/benchmark.py evidence   # the maps of --checkpoint beside the figure's mask in data/demo; 10 minutes
 
 "plain" is the same table with nn.Conv3d everywhere in the default memory format: what public MobileNetV2-3D
 implementations are; on Linux with the allocator as PyTorch finds it, and ("kept") with freed memory kept, as
@@ -24,16 +26,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import cv2
 import numpy as np
 import torch
 from torch import nn
 from torchvision.transforms import v2
+from tqdm import tqdm
 
 import Dataset
+import HeatMap
 import Trainer
 from Dataset import (
     DEMO_EXERCISES,
@@ -42,8 +49,9 @@ from Dataset import (
     ExerciseVideoDataset,
     Segment,
     normalize,
-)  # fmt: skip
-from HeatMap import load_checkpoint
+    render_demo_video,
+)
+from HeatMap import explain, load_checkpoint
 from SparseModel import Conv3d, SparseModel, build_model, fold_batch_norm
 
 
@@ -368,20 +376,138 @@ def deep(rounds):
             print(f"{name}: {1e3 * start:.0f} ms a clip at the start, {1e3 * end:.0f} at the end, {end / start:.2f}x")
 
 
+def plain_maps(net, layer, clips):
+    """HiResCAM as it is usually written: full autograd by hooks, parameters and all, one window at a time."""
+    kept, maps = {}, []
+    stage = net.features[layer]
+    hooks = [stage.register_forward_hook(lambda _, __, out: kept.update(A=out)),
+             stage.register_full_backward_hook(lambda _, __, grad: kept.update(G=grad[0]))]  # fmt: skip
+    for clip in clips:
+        net.zero_grad()
+        logits = net(clip[None])
+        logits[0, logits[0].argmax()].backward()
+        maps.append((kept["A"] * kept["G"]).sum(1).detach())
+    for hook in hooks:
+        hook.remove()
+    return torch.cat(maps)
+
+
+def heatmap(device, rounds, layer=13):
+    """Four windows of a 300x400 video, a second apart as by default: decoded clips to maps, and the whole script."""
+    torch.manual_seed(0)
+    ours = SparseModel().eval()
+    usual = plain().eval()
+    usual.load_state_dict(ours.state_dict())
+    for module in usual.modules():
+        if isinstance(module, nn.ReLU6):
+            module.inplace = False  # else a full backward hook raises
+    folded = fold_batch_norm(ours).requires_grad_(False).to(device)
+    usual.to(device)
+    clips = torch.randn(4, 3, 16, 400, 300, device=device)
+    inner = clips.contiguous(memory_format=torch.channels_last_3d)
+    calls = {
+        "straightforward": lambda: plain_maps(usual, layer, clips),
+        "ours": lambda: [explain(folded, pair, [str(layer)], ["hirescam"]) for pair in inner.split(2)],
+    }
+    try:
+        from pytorch_grad_cam import HiResCAM
+        from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+        cam = HiResCAM(usual, [usual.features[layer]])
+        calls["grad-cam"] = lambda: [cam(clip[None], [ClassifierOutputTarget(0)]) for clip in clips]
+    except ImportError:
+        print("grad-cam is not installed: pip install grad-cam to compare with it")
+    times = in_turn(calls, rounds, device)
+    print(f"{device}, features.{layer}, 16x400x300, n = {rounds}: seconds a window, which is a second of video")
+    for name, spent in times.items():
+        ratio = statistics.median(spent) / statistics.median(times["ours"])
+        print(
+            f"{name}: {statistics.median(spent) / 4:.3f} ({min(spent) / 4:.3f} to {max(spent) / 4:.3f}), {ratio:.1f}x"
+        )
+
+
+def evidence(path, layers, draws=2):
+    """For each layer and method, over the correctly classified validation clips of the demo (centred, as in training):
+
+    heat inside the figure (its mask dilated by 4 % of the height) over the figure's share of the area; pointing game:
+    the hottest point of the clip is inside; deletion and insertion: share of clips where ours beats random regions;
+    correlation with new weights from the top (mean over clips); time: heat in the half of the frames in which the
+    figure moves most over the heat in the other half, over classes that move.
+    """
+    trained, checkpoint = load_checkpoint(path)
+    model, size, fps = fold_batch_norm(trained), checkpoint["size"], checkpoint["clip_fps"]
+    data = ExerciseVideoDataModule(size=tuple(size), clip_len=checkpoint["clip_len"], clip_fps=fps, workers=0)
+    data.setup()
+    HeatMap.DRAWS, rows, found = draws, list(product(layers, HeatMap.METHODS)), defaultdict(list)
+    for i in tqdm(range(len(data.val_set)), "evidence"):
+        segment = data.val_set.segments[i]
+        clip, label = data.val_set[i]
+        clips = normalize(clip[None], checkpoint["mean"], checkpoint["std"])
+        with torch.no_grad():
+            found["top-1"].append(int(model(clips).argmax()) == label)
+        if not found["top-1"][-1]:
+            continue
+        exercise, person = segment.path.parent.name, int(segment.path.stem.removeprefix("person"))
+        first = max(0, data.val_set.grid_len(i) - len(clip)) // 2
+        frames = ((first + np.arange(len(clip))) / fps * 30).round().astype(int)
+        masks = render_demo_video(exercise, person)[1][frames].astype(np.uint8)
+        moved = np.abs(np.diff(masks.astype(int), axis=0, prepend=masks[:1])).sum((1, 2))[1:]
+        kernel = np.ones([round(0.08 * masks.shape[1])] * 2, np.uint8)
+        inside = np.stack([cv2.resize(cv2.dilate(m, kernel), size, interpolation=cv2.INTER_AREA) for m in masks]) > 0
+        lines = HeatMap.check(model, checkpoint, clips, layers, HeatMap.METHODS, [label])
+        maps, _ = explain(model, clips, layers, HeatMap.METHODS, [label])
+        for row in rows:
+            heat = HeatMap.to_clip(maps[*row, label][0], clips.shape[2:]).relu().double().numpy()
+            mine = [line for line in lines if line[:2] == row]
+            found[row, "inside"].append((heat * inside).sum() / max(heat.sum(), 1e-30) / inside.mean())
+            found[row, "points"].append(inside.flat[heat.argmax()])
+            for test, sign in (("deletion", -1), ("insertion", 1)):
+                gain = [sign * (line[5] - line[6]) for line in mine if line[3] == test]
+                found[row, test].append(np.mean(gain) > 0)
+            for k, line in enumerate(line for line in mine if line[3] == "new weights"):
+                found[row, "new", k].append(line[5])
+            if not isinstance(DEMO_EXERCISES[exercise][3], tuple):
+                fast = moved >= np.median(moved)
+                heat = heat.sum((1, 2))[1:]
+                found[row, "time"].append(heat[fast].mean() / max(heat[~fast].mean(), 1e-30))
+    print(f"top-1 {sum(found['top-1'])}/{len(found['top-1'])}, the figure's area {inside.mean():.0%} in the last clip")
+    print("| layer | method | inside / area | points | deletion | insertion | correlation, new from the top | time |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for row in rows:
+        mean = {key: np.mean(found[row, key]) for key in ("inside", "points", "deletion", "insertion")}
+        new = ", ".join(f"{np.mean(found[row, 'new', k]):+.2f}" for k in range(4))
+        print(f"| {row[0]} | {row[1]} | {mean['inside']:.2f} | {mean['points']:.0%} | {mean['deletion']:.0%} | "
+              f"{mean['insertion']:.0%} | {new} | {np.median(found[row, 'time']):.2f} |", flush=True)  # fmt: skip
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "what", choices=("model", "memory", "copies", "scaling", "precision", "motion", "learning", "loader", "peak")
+        "what",
+        choices=(
+            "model",
+            "memory",
+            "copies",
+            "scaling",
+            "precision",
+            "motion",
+            "learning",
+            "loader",
+            "heatmap",
+            "evidence",
+            "peak",
+        ),
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default: %(default)s)")
     parser.add_argument(
-        "--checkpoint", default="checkpoints/mobilenet_v2_3d.pt", help="of `motion` (default: %(default)s)"
+        "--checkpoint", default="checkpoints/mobilenet_v2_3d.pt", help="of `motion`, `evidence` (default: %(default)s)"
     )
     parser.add_argument("--net", default="standard", help="of one process of `memory` (default: %(default)s)")
     parser.add_argument("--size", default="300x400", help="WxH of one process of `memory` (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=1, help="of one process of `memory` (default: %(default)s)")
     parser.add_argument("--data", default="data/demo", help="folder with videos of `loader` (default: %(default)s)")
+    parser.add_argument("--layers", default="3,6,10,13,18", help="of `evidence` (default: %(default)s)")
     args = parser.parse_args()
     if args.what == "peak":
         width, height = map(int, args.size.split("x"))
@@ -393,5 +519,7 @@ if __name__ == "__main__":
             "precision": (args.device,),
             "motion": (args.checkpoint,),
             "loader": (args.data, args.rounds),
+            "heatmap": (args.device, args.rounds),
+            "evidence": (args.checkpoint, args.layers.split(",")),
         }
         globals()[args.what](*parts.get(args.what, ()))

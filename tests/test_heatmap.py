@@ -1,7 +1,12 @@
+import csv
 import runpy
+import struct
 import subprocess
 import sys
 from collections import OrderedDict
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -11,8 +16,10 @@ from conftest import CLASSES, ROOT, lively, write_video
 from torch import nn
 from torchvision.transforms.v2.functional import center_crop
 
-from Dataset import resize
-from HeatMap import METHODS, explain, load_checkpoint, overlay, render, seen_box
+import HeatMap
+from Dataset import ExerciseVideoDataset, Segment, UserError, cover, resize
+from HeatMap import METHODS, ahead, explain, explain_video, load_checkpoint, overlay, palette, positions, render
+from SparseModel import fold_batch_norm
 
 NETWORKS = ["mobilenet_v2_3d", "pretrained_resnet"]
 CLIP_SHAPE = (2, 3, 8, 64, 96)  # maps of (1, 2, 3) and (1, 4, 6) cells at the last stages
@@ -30,6 +37,13 @@ def clips():
 
 def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
+
+
+def one(model, clips, layer, target, method):
+    """(maps, logits) of a single stage, method and class."""
+    maps, logits = explain(model, clips, [layer], [method], [target])
+    assert list(maps) == [(layer, method, target)]
+    return maps[layer, method, target], logits
 
 
 def stages(model):
@@ -71,7 +85,7 @@ class ByHand(nn.Module):
 def test_maps_equal_numbers_from_paper(layer, method, expected, axis):
     shape = [1, 2, 1, 1, 1]
     shape[axis] = 2
-    maps, logits = explain(ByHand(), torch.tensor([1.0, 2.0, 3.0, 0.0]).view(shape), layer, 0, method)
+    maps, logits = one(ByHand(), torch.tensor([1.0, 2.0, 3.0, 0.0]).view(shape), layer, 0, method)
     assert maps.shape == (1, *shape[2:])
     assert maps.flatten().tolist() == expected
     assert logits.tolist() == [[2.5 - 2 * 4.5, 4.5]]
@@ -91,24 +105,48 @@ def test_maps_equal_an_autograd_formula_at_every_stage(name, models, clips):
     model.zero_grad()
     for hook in hooks:
         hook.remove()
+    together, _ = explain(model, clips, stages(model), METHODS, [target])  # all stages in one pass
     for layer, stage in model.features.named_children():
         A, G = kept[stage].detach(), kept[stage].grad
         expected = {
             "hirescam": torch.einsum("bcthw,bcthw->bthw", G, A),
             "gradcam": torch.einsum("bc,bcthw->bthw", G.sum((2, 3, 4)) / G[0, 0].numel(), A),
         }
+        alone, found = explain(model, clips, [layer], METHODS, [target])
         for method in METHODS:
-            maps, found = explain(model, clips, layer, target, method)
+            maps = alone[layer, method, target]
             assert maps.shape == A[:, 0].shape
             assert relative(maps, expected[method]) < 1e-5, (layer, method)
+            assert relative(together[layer, method, target], expected[method]) < 1e-5, (layer, method)
             assert relative(found, logits.detach()) < 1e-5
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_gradients_equal_finite_differences(name):
+    """Without autograd: the change of the logit along a random step at the stage, in double precision."""
+    model = fold_batch_norm(lively(name)).double()
+    clip = torch.randn((1, 3, 8, 64, 32), dtype=torch.double, generator=torch.Generator().manual_seed(1))
+    for layer in stages(model)[-2:]:
+        cut = stages(model).index(layer) + 1
+        with torch.no_grad():
+            A = model.features[:cut](clip)
+            change = []
+            for channel in (1e-7 * torch.eye(A.shape[1])[:4]).double():  # a step in proportion to A in one channel
+                step = channel.view(1, -1, 1, 1, 1) * A
+                ends = [model.head(model.features[cut:](A + sign * step))[0, 1] for sign in (1, -1)]
+                change.append(float(ends[0] - ends[1]) / 2e-7)
+        x = A.requires_grad_()
+        (gradient,) = torch.autograd.grad(model.head(model.features[cut:](x))[0, 1], x)
+        parts = (gradient * A).detach().sum((0, 2, 3, 4))
+        assert parts[:4].tolist() == pytest.approx(change, rel=1e-4, abs=1e-7)
+        assert one(model, clip, layer, 1, "hirescam")[0].sum().item() == pytest.approx(parts.sum().item(), rel=1e-9)
 
 
 @pytest.mark.parametrize(("name", "last"), [("mobilenet_v2_3d", (1, 2, 3)), ("pretrained_resnet", (1, 4, 6))])
 def test_map_at_the_last_stage_sums_to_the_logit(name, last, models, clips):
     model = models[name]
     for target in range(3):
-        maps, logits = explain(model, clips, stages(model)[-1], target, "hirescam")
+        maps, logits = one(model, clips, stages(model)[-1], target, "hirescam")
         assert maps.shape == (2, *last)
         bias = model.classifier[1].bias[target].detach()
         torch.testing.assert_close(maps.sum((1, 2, 3)) + bias, logits[:, target], atol=1e-4, rtol=1e-4)
@@ -117,7 +155,7 @@ def test_map_at_the_last_stage_sums_to_the_logit(name, last, models, clips):
 @pytest.mark.parametrize(("name", "earlier"), [("mobilenet_v2_3d", ["17", "13"]), ("pretrained_resnet", ["layer3"])])
 def test_methods_are_equal_at_the_last_stage_and_differ_before(name, earlier, models, clips):
     def both(layer):
-        return [explain(models[name], clips, layer, 2, method)[0] for method in METHODS]
+        return [one(models[name], clips, layer, 2, method)[0] for method in METHODS]
 
     assert relative(*both(stages(models[name])[-1])) < 1e-5
     assert all(relative(*both(layer)) > 0.01 for layer in earlier)
@@ -125,19 +163,19 @@ def test_methods_are_equal_at_the_last_stage_and_differ_before(name, earlier, mo
 
 def test_map_is_that_of_the_logit_and_not_of_the_probability(clips):
     model = lively("mobilenet_v2_3d")
-    before, logits = explain(model, clips, "13", 1, "hirescam")
+    before, logits = one(model, clips, "13", 1, "hirescam")
     model.classifier[1].bias.data += torch.tensor([5.0, 0.0, -3.0])
-    after, shifted = explain(model, clips, "13", 1, "hirescam")
+    after, shifted = one(model, clips, "13", 1, "hirescam")
     assert torch.equal(before, after)
     torch.testing.assert_close(shifted - logits, torch.tensor([[5.0, 0.0, -3.0]] * 2))
 
 
 @pytest.mark.parametrize("caller", [torch.no_grad, torch.inference_mode])
 def test_frozen_parameters_and_callers_without_grad_get_the_same_map(caller, models, clips):
-    expected, logits = explain(models["mobilenet_v2_3d"], clips, "13", 1, "gradcam")
+    expected, logits = one(models["mobilenet_v2_3d"], clips, "13", 1, "gradcam")
     model = lively("mobilenet_v2_3d").requires_grad_(False)
     with caller():
-        maps, found = explain(model, clips * 1, "13", 1, "gradcam")
+        maps, found = one(model, clips * 1, "13", 1, "gradcam")
     assert torch.equal(maps, expected) and torch.equal(found, logits)
 
 
@@ -152,53 +190,308 @@ def test_model_is_left_as_found(clips, layer):
     flags = [m.training for m in modules], [p.requires_grad for p in parameters]
     if layer == "unknown":
         with pytest.raises(ValueError):
-            explain(model, clips, layer, 1, "gradcam")
+            one(model, clips, layer, 1, "gradcam")
     else:
-        explain(model, clips, layer, 1, "gradcam")
+        one(model, clips, layer, 1, "gradcam")
     assert flags == ([m.training for m in modules], [p.requires_grad for p in parameters])
     assert all(p.grad is None for p in parameters)
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in modules)
 
 
-# --------------------------------------------------------------------------------------------------------- picture
+@pytest.mark.parametrize("name", NETWORKS)
+def test_several_classes_and_the_folded_network_give_the_same_maps(name, models, clips):
+    """At earlier stages a ReLU that rounding opens or shuts is 1 % of the gradient of maps as small as these."""
+    layers = stages(models[name])[-3:]
+    maps, _ = explain(fold_batch_norm(models[name]), clips, layers, METHODS, [2, 0])
+    assert list(maps) == list(product(layers, METHODS, [2, 0]))
+    for row, found in maps.items():
+        assert relative(found, one(models[name], clips, row[0], row[2], row[1])[0]) < (
+            1e-4 if row[0] == layers[-1] else 0.03
+        ), row
+
+
+def test_without_targets_the_most_probable_class_of_the_batch_is_explained(models, clips):
+    maps, logits = explain(models["mobilenet_v2_3d"], clips, ["18"], ["gradcam"])
+    best = int(logits.softmax(1).sum(0).argmax())
+    assert list(maps) == [("18", "gradcam", best)]
+
+
+# -------------------------------------------------------------------------------------------------------- geometry
+
+
+@pytest.mark.parametrize(("height", "width"), [(720, 1280), (1280, 720), (400, 300), (97, 129)])
+def test_positions_are_those_of_resize_and_crop(height, width):
+    size = 300, 400
+    rows, columns = np.mgrid[:height, :width]
+    ramps = np.stack([255 * columns / width, 255 * rows / height, 0 * rows]).astype(np.uint8)
+    seen = center_crop(resize(torch.from_numpy(ramps)[None], size), [400, 300])[0].double().numpy()
+    h, w = cover(height, width, size)
+    for n, covered, cells, ramp in ((width, w, 300, seen[0, 200]), (height, h, 400, seen[1, :, 150])):
+        at = positions(n, covered, cells)
+        inside = (at > 2) & (at < cells - 3)
+        ours = np.interp(at[inside], np.arange(cells), ramp) / 255 * n
+        assert ours == pytest.approx(np.arange(n)[inside], abs=max(3, n / 100))  # the ramp has 256 steps
+        assert ((at > -0.5) & (at < cells - 0.5)).mean() == pytest.approx(cells / covered, abs=2 / n)
+
+
+def test_cells_are_tiles_and_weights_sum_to_one():
+    """12 pixels, 3 cells: their centres lie between the pixels 1 and 2, 5 and 6, 9 and 10."""
+    weights = HeatMap.between(np.array([-3.0, 0.0, 1.5, 2.5, 3.5, 5.5, 9.5, 11.0]), 12, 3)
+    quarter = np.cos(np.pi / 8) ** 2
+    expected = [
+        [1, 0, 0],
+        [1, 0, 0],
+        [1, 0, 0],
+        [quarter, 1 - quarter, 0],
+        [0.5, 0.5, 0],
+        [0, 1, 0],
+        [0, 0, 1],
+        [0, 0, 1],
+    ]
+    assert np.allclose(weights, expected, atol=1e-6) and weights.dtype == np.float32
+
+
+# ------------------------------------------------------------------------------------------------------- any video
+
+
+class FindsBlue(nn.Module):
+    """Two classes, blue and red; a stage whose cells lie 4 pixels and 2 frames apart; logits square a mean."""
+
+    def __init__(self):
+        super().__init__()
+        conv = nn.Conv3d(3, 2, (3, 5, 5), (2, 4, 4), (1, 2, 2), bias=False)
+        colours = torch.tensor([[-1.0, -1.0, 2.0], [2.0, -1.0, -1.0]])
+        conv.weight.data = colours[:, :, None, None, None] * torch.ones(conv.kernel_size) / 75
+        self.features = nn.Sequential(nn.Sequential(conv, nn.ReLU()))
+
+    def head(self, x):
+        return 100 * x.mean((2, 3, 4))
+
+    def forward(self, clip):
+        return self.head(self.features(clip))
+
+
+SEES = {"clip_len": 8, "clip_fps": 8.0, "size": [48, 64], "mean": [0.0] * 3, "std": [1.0] * 3}
+LOOK = SimpleNamespace(alpha=1.0, colormap="hot", side_by_side=False, top_k=2)
+
+
+def find_blue(path, **more):
+    given = {"layers": ["0"], "methods": ["hirescam"], "targets": [0], "device": "cpu", "stride": 4} | more
+    return explain_video(FindsBlue(), SEES, path, **given)
+
+
+def turn(path):
+    """Write a rotation of 90 degrees into the track header (tkhd) of an mp4, as a phone does."""
+    data = bytearray(path.read_bytes())
+    matrix = data.index(b"tkhd") + 4 + 40
+    data[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+
+
+def centre(mask):
+    rows, columns = np.nonzero(mask)
+    return rows.mean(), columns.mean()
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(("height", "width", "y", "x"), [(128, 96, 50, 70), (96, 192, 60, 80), (97, 129, 70, 52)])
+def test_planted_evidence_is_found_at_its_place_and_moment(tmp_path, height, width, y, x, turned):
+    frames = np.full((48, height, width, 3), 60, np.uint8)
+    frames[20:25, y - 7 : y + 7, x - 7 : x + 7] = (250, 40, 40)
+    path = tmp_path / "planted.avi"
+    if turned:
+        path = path.with_suffix(".mp4")
+    write_video(path, frames, fps=16, fourcc="mp4v" if turned else "MJPG")
+    if turned:
+        turn(path)
+    found = find_blue(path)
+    render(path, tmp_path / "out.mp4", found, SEES["size"], ["blue", "red"], ["map"], LOOK)
+    (source, _), (out, _) = read_video(path), read_video(tmp_path / "out.mp4")
+    h, w = source.shape[1:3]
+    assert (h > w) == ((height > width) != turned) and len(out) == len(source) == 48
+    assert out.shape[1] >= h and out.shape[2] == w + w % 2
+    out = out[:, :h, :w]
+    blue = source[22, :, :, 0] - source[22, :, :, 2] > 100
+    white = (out > 170).all(3)  # the hottest of this colour map
+    assert centre(white[22]) == pytest.approx(
+        centre(blue), abs=6
+    )  # half a cell is 3 to 4 pixels, the codec has blocks of 8
+    heat = white.sum((1, 2))
+    assert np.average(np.arange(48), weights=heat) == pytest.approx(22, abs=2)
+    assert heat[:14].max() == heat[31:].max() == 0
+
+
+def test_what_the_network_can_not_see_is_dimmed_and_the_rest_is_the_source(tmp_path):
+    grey = np.full((12, 96, 192, 3), 150, np.uint8)  # 72 of 192 columns are seen
+    write_video(tmp_path / "grey.avi", grey, 16, "MJPG")
+    render(tmp_path / "grey.avi", tmp_path / "o.mp4", find_blue(tmp_path / "grey.avi"), SEES["size"], ["b", "r"],
+           ["map"], LOOK)  # fmt: skip
+    row = read_video(tmp_path / "o.mp4")[0][5, 40, :192].mean(1)
+    assert row[:56] == pytest.approx(50, abs=8) and row[-56:] == pytest.approx(50, abs=8)
+    assert row[64:-64] == pytest.approx(150, abs=8)
+
+
+@pytest.mark.parametrize(("n", "stride"), [(20, 4), (23, 4), (19, 3), (16, 8), (5, 4), (1, 1)])
+def test_windows_cross_fade_with_squared_sines(tmp_path, monkeypatch, n, stride):
+    """Maps that are 0 in one window and 1 in the next: the average is the weight of the odd windows."""
+    write_video(tmp_path / "v.avi", np.full((n, 64, 48, 3), 90, np.uint8), 8, "MJPG")
+    count = iter(range(99))
+
+    def fake(model, clips, *_):
+        maps = torch.stack([torch.full((4, 2, 2), float(next(count) % 2)) for _ in clips])
+        return {("0", "hirescam", 0): maps}, torch.zeros(len(clips), 2)
+
+    monkeypatch.setattr(HeatMap, "explain", fake)
+    found = find_blue(tmp_path / "v.avi", stride=stride)
+    starts = sorted({*range(0, max(1, n - 7), stride), max(0, n - 8)})
+    weights = np.zeros((len(starts), n))
+    for row, start in zip(weights, starts, strict=True):
+        row[start : start + 8] = np.sin((np.arange(8) + 0.5) / 8 * np.pi)[: n - start] ** 2
+    expected = weights[1::2].sum(0) / weights.sum(0)
+    assert found.maps[0].shape == (n, 2, 2) and found.maps[0].dtype == np.float32
+    assert found.maps[0][:, 1, 1] == pytest.approx(expected, abs=1e-5)
+    assert found.moments.tolist() == [(start + (min(n, 8) - 1) / 2) / 8 for start in starts]
+    if stride == 4:
+        assert abs(np.diff(found.maps[0][:, 0, 0])).max() < 0.4  # nothing jumps
+
+
+def test_window_in_the_middle_is_the_clip_that_the_trainer_validates(tmp_path):
+    write_video(tmp_path / "clip.mp4", moving_square(60), fps=15)
+    item, _ = ExerciseVideoDataset([Segment(tmp_path / "clip.mp4", 0, 0.0, 59 / 15, 96, 64)], (48, 64), 8, 8.0)[0]
+    windows = {start: clip for start, clip, _ in HeatMap.read_windows(tmp_path / "clip.mp4", (48, 64), 8, 8.0, 1)}
+    n = int(59 / 15 * 8) + 1
+    assert len(windows) == n - 7 and torch.equal(windows[(n - 8) // 2], item)
+
+
+def test_the_class_explained_is_the_one_of_the_whole_video(tmp_path, monkeypatch):
+    frames = np.full((40, 64, 48, 3), 60, np.uint8)
+    frames[:8, 10:40] = (60, 60, 250)
+    frames[8:, 10:40] = (250, 60, 60)
+    write_video(tmp_path / "v.avi", frames, 8, "MJPG")
+    monkeypatch.setattr(HeatMap, "clips_at_once", lambda shape: 1)
+    found = find_blue(tmp_path / "v.avi", targets=[], stride=8)
+    assert found.scores.argmax(1).tolist() == [1, 0, 0, 0, 0] and found.rows == [("0", "hirescam", 0)]
+    assert found.maps[0][:6].max() < found.maps[0][12:].min(axis=0).max()
+
+
+def test_items_come_ahead_in_order_with_their_error():
+    made = []
+
+    def items():
+        for i in range(9):
+            made.append(i)
+            yield i
+        raise UserError("the disk is full")
+
+    got = ahead(items(), 3)
+    assert next(got) == 0
+    first = list(made)
+    assert len(first) <= 4 + 1
+    with pytest.raises(UserError, match="disk"):
+        for i, item in enumerate(got, 1):
+            assert item == i
+    assert made == list(range(9))
+
+
+# ----------------------------------------------------------------------------------------------------------- check
+
+
+class MeanAgainstZero(nn.Module):
+    def forward(self, clips):
+        mean = clips.mean((1, 2, 3, 4))
+        return torch.stack([mean, 0 * mean], 1)
+
+
+def test_deletion_and_insertion_equal_numbers_by_hand():
+    """A fifth of the pixels has 4, the rest -1, so every field of 5x5 pixels has the mean 0, and so has the blur."""
+    clip = torch.full((3, 4, 20, 20), -1.0)
+    clip[..., 2::5] = 4.0
+    deleted, inserted = HeatMap.occlude(MeanAgainstZero(), clip, clip[0], 0)
+    # 5, 10, 20 % of 4; then all of it and 20 % of -1
+    means = np.array([0.2, 0.4, 0.8, 0.8 - 0.2])
+    assert deleted == pytest.approx(1 / (1 + np.exp(means)), abs=1e-6)
+    assert inserted == pytest.approx(1 / (1 + np.exp(-means)), abs=1e-6)
+
+
+def test_random_regions_are_as_smooth_as_the_map_and_elsewhere():
+    rows, columns = torch.meshgrid(torch.arange(24.0), torch.arange(18.0), indexing="ij")
+    heat = torch.exp(-((rows - 6) ** 2 + (columns - 5) ** 2) / 20).expand(8, -1, -1)
+    torch.manual_seed(0)
+    noise = HeatMap.surrogate(heat)
+    assert noise.shape == heat.shape and relative(torch.fft.fftn(noise).abs(), torch.fft.fftn(heat).abs()) < 1e-4
+    step = [(v[:, 1:] - v[:, :-1]).pow(2).sum().item() for v in (heat, noise)]
+    assert step[1] == pytest.approx(step[0], rel=0.05)
+    assert abs(np.corrcoef(heat.flatten(), noise.flatten())[0, 1]) < 0.9
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "box"),
+    ("a", "b", "r"),
     [
-        (720, 1280, (370, 0, 910, 720)),  # 540 of 1280 columns: 3 to 4
-        (1920, 1080, (0, 240, 1080, 1680)),  # 1440 of 1920 rows
-        (800, 600, (0, 0, 600, 800)),
-        (400, 300, (0, 0, 300, 400)),
+        ([1, 2, 3, -5], [2, 4, 6, -1], 1),  # what is negative is not drawn
+        ([1, 0, 0, 0], [0, 1, 0, 0], -1 / 3),
+        ([1, 2, 3, 4], [4, 3, 2, 1], -1),
+        ([1, 2, 3, 4], [-1, -2, -3, -4], 0),  # a blank map
     ],
 )
-def test_seen_box_is_the_part_of_the_source_that_the_network_sees(height, width, box):
-    assert seen_box(height, width, (300, 400)) == pytest.approx(box, abs=1)
-    rows, columns = np.mgrid[:height, :width]
-    ramps = np.stack([255 * columns / width, 255 * rows / height, 0 * rows]).astype(np.uint8)
-    seen = center_crop(resize(torch.from_numpy(ramps)[None], (300, 400)), [400, 300])[0].float()
-    (left, right), (top, bottom) = seen[0, 200, [0, -1]] / 255 * width, seen[1, [0, -1], 150] / 255 * height
-    assert [float(e) for e in (left, top, right, bottom)] == pytest.approx(box, abs=max(height, width) / 100)
+def test_correlation_by_hand(a, b, r):
+    assert HeatMap.correlation(torch.tensor(a), torch.tensor(b)) == pytest.approx(r)
 
 
-@pytest.mark.parametrize(("cell", "pixel"), [((1, 1), (270, 640)), ((2, 1), (450, 640))])
-def test_heat_lands_on_the_pixels_of_its_cell(cell, pixel):
-    """A grid of 4 rows and 3 columns in the box (370, 0, 910, 720): cells of 180 x 180 pixels."""
-    frame, heat = np.full((720, 1280, 3), 128, np.uint8), np.zeros((4, 3), np.float32)
-    heat[cell] = 1
-    out = overlay(frame, heat, (370, 0, 910, 720), 0.6)
-    changed = np.argwhere((out != frame).any(2))
-    assert changed.mean(0) == pytest.approx([p - 0.5 for p in pixel], abs=2)
-    assert np.ptp(changed, 0).tolist() == pytest.approx([360, 360], abs=8)  # linear: up to the neighbours' centres
-    blue, green, red = out[pixel].astype(int)
-    assert red > green + 50 and red > blue + 50
-    assert (frame == 128).all()
+def test_renewed_network_keeps_the_first_stages_and_the_trained_network(checkpoints, clips):
+    model, checkpoint = load_checkpoint(checkpoints["mobilenet_v2_3d"])
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    fresh = HeatMap.renewed(model, checkpoint, clips, 12)
+    for i in range(19):
+        ours, theirs = (list(net.features[i].parameters()) for net in (model, fresh))
+        same = [torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)]
+        assert all(same) if i < 12 else not any(s for s, p in zip(same, ours, strict=True) if p.ndim > 1)
+    assert not torch.equal(model.classifier[1].weight, fresh.classifier[1].weight)
+    assert not fresh.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert relative(fresh.features[:12](clips), model.features[:12](clips)) == 0
 
 
-def test_without_heat_the_frame_is_the_source():
-    frame = np.random.default_rng(0).integers(0, 256, (90, 70, 3), np.uint8)
-    assert np.array_equal(overlay(frame, np.zeros((3, 2), np.float32), (0, 5, 70, 85), 0.6), frame)
+@pytest.mark.parametrize(
+    ("deletion", "insertion", "r", "words"),
+    [
+        ((0.2, 0.7), (0.6, 0.1), 0.1, ["believe it", "what was learned"]),
+        ((0.8, 0.7), (0.6, 0.1), 0.1, ["DO NOT believe", "what was learned"]),
+        ((0.2, 0.7), (0.1, 0.3), 0.9, ["DO NOT believe", "DO NOT believe"]),
+    ],
+)
+def test_verdicts(deletion, insertion, r, words):
+    lines = [("1", "gradcam", 0, *rest) for rest in (("deletion", 0.1, *deletion), ("insertion", 0.1, *insertion),
+             ("new weights", 3, r, r))]  # fmt: skip
+    sentences = list(HeatMap.verdicts(lines, "name"))
+    assert len(sentences) == 2
+    for sentence, word in zip(sentences, words, strict=True):
+        assert word in sentence and (word.startswith("DO") or "DO NOT" not in sentence)
+
+
+# --------------------------------------------------------------------------------------------------------- picture
+
+
+def test_without_heat_the_picture_is_the_source_and_with_most_it_is_the_colour():
+    picture = np.random.default_rng(0).integers(0, 256, (90, 70, 3), np.uint8)
+    assert np.array_equal(overlay(picture, np.zeros((90, 70)), palette("turbo", 0.6)), picture)
+    hottest = cv2.applyColorMap(np.array([[255]], np.uint8), cv2.COLORMAP_TURBO)[0, 0].astype(int)
+    out = overlay(picture, np.ones((90, 70)), palette("turbo", 0.6)).astype(int)
+    assert abs(out - (0.4 * picture + 0.6 * hottest)).max() <= 1.5
+    grey = overlay(np.full((9, 9, 3), 128, np.uint8), np.ones((9, 9)), palette("turbo", 0.6))[4, 4].astype(int)
+    assert grey[2] > grey[1] + 50 and grey[2] > grey[0] + 50  # red: BGR is not mixed up
+
+
+@pytest.mark.parametrize(("n", "shape", "columns"), [(1, (400, 300), 1), (2, (400, 300), 2), (2, (720, 1280), 2)])
+def test_up_to_two_pictures_keep_the_size_of_the_source(n, shape, columns):
+    assert HeatMap.arrange(n, *shape) == (columns, *shape)
+
+
+@pytest.mark.parametrize("shape", [(400, 300), (720, 1280), (1920, 1080)])
+def test_many_pictures_fit_a_screen(shape):
+    columns, h, w = HeatMap.arrange(39, *shape)
+    assert (
+        columns * w <= 1940 and -(-39 // columns) * h <= 1100 and h / w == pytest.approx(shape[0] / shape[1], rel=0.05)
+    )
 
 
 def read_video(path):
@@ -209,21 +502,6 @@ def read_video(path):
     return np.stack(frames).astype(int), fps
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".webm"])
-def test_hottest_pixel_is_red_in_the_written_file_at_the_right_time(tmp_path, suffix):
-    write_video(tmp_path / "grey.mp4", np.full((24, 384, 256, 3), 128, np.uint8), fps=16)
-    heat = np.zeros((12, 6, 4), np.float32)  # at 8 fps, so two frames of the file to one of the map
-    heat[6, 4, 1] = 3.0
-    render(tmp_path / "grey.mp4", tmp_path / f"out{suffix}", heat, 8.0, [64, 96], ["a line"], 0.6, False)
-    frames, _ = read_video(tmp_path / f"out{suffix}")
-    blue, green, red = frames[12, 288 - 4 : 288 + 4, 96 - 4 : 96 + 4].mean((0, 1))
-    assert red > green + 50 and red > blue + 50
-    grey = read_video(tmp_path / "grey.mp4")[0]
-    # linear between centres of cells: the next columns' and rows' outer halves have nothing
-    assert abs(frames - grey)[12, 64:210].max() < 12 and abs(frames - grey)[12, 64:, 176:].max() < 12
-    assert abs(frames - grey)[8, 64:].max() < 12 and abs(frames - grey)[16, 64:].max() < 12
-
-
 # ---------------------------------------------------------------------------------------------------------- script
 
 
@@ -231,7 +509,7 @@ def moving_square(n, height=96, width=64):
     frames = np.random.default_rng(0).integers(60, 200, (1, height, width, 3), np.uint8).repeat(n, 0)
     frames = np.stack([cv2.GaussianBlur(f, (9, 9), 3) for f in frames])
     for i, frame in enumerate(frames):
-        frame[40:60, 5 + i : 25 + i] = (0, 200, 255)
+        frame[40:60, 5 + i % 40 : 25 + i % 40] = (0, 200, 255)
     return frames
 
 
@@ -276,47 +554,130 @@ def test_script_writes_a_video_like_its_source(tmp_path, video, checkpoints, nam
     assert done.returncode == 0, done.stderr
     assert all(word in done.stdout for word in (more[1], str(output), *CLASSES))
     frames, fps = read_video(output)
-    assert frames.shape == (39, 96, width, 3) and fps == pytest.approx(15, abs=0.1)
+    assert frames.shape[::2] == (39, width) and frames.shape[1] > 96 and fps == pytest.approx(15, abs=0.1)
     strip = cv2.imread(str(output.with_suffix(".png")))
-    assert strip.shape == (640, 8 * 213, 3)  # eight columns of two pictures, 320 pixels high
+    assert strip.shape == (640, 7 * 20 + 8 * 213, 3)  # two rows of 320 pixels, with names at the left
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["clip.mp4", "why.png", f"why{suffix}"])
     if width == 128:
-        source = read_video(video)[0]
-        assert abs(frames[:, :, :64] - source).mean() < 8 and abs(frames[:, :, 64:] - source).mean() > 12
+        frames, source = frames[:, :96], read_video(video)[0]
+        assert abs(frames[:, :, :64] - source).mean() < 8 and abs(frames[:, :, 64:] - source).mean() > 8
 
 
-def test_default_output_is_named_after_video_and_method(tmp_path, video, checkpoints, heatmap, monkeypatch):
+def test_default_output_is_kept_unless_forced(tmp_path, video, checkpoints, heatmap, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, _, stderr = heatmap("--video", video, "--checkpoint", checkpoints[NETWORKS[0]], "--method", "gradcam")
+    args = ["--video", video, "--checkpoint", checkpoints[NETWORKS[0]], "--method", "gradcam"]
+    code, _, stderr = heatmap(*args)
     assert code == 0, stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["clip.mp4", "clip_gradcam.png", "clip_gradcam.webm"]
+    Path("clip_gradcam.webm").write_text("mine")
+    code, _, stderr = heatmap(*args)
+    assert code == 2 and len(stderr.splitlines()) == 1 and "clip_gradcam.webm" in stderr and "--force" in stderr
+    assert Path("clip_gradcam.webm").read_text() == "mine"
+    assert heatmap(*args, "--force")[0] == 0 and read_video("clip_gradcam.webm")[0].shape[0] == 39
 
 
-@pytest.mark.parametrize("n", [1, 5])
-def test_video_shorter_than_a_clip(tmp_path, checkpoints, heatmap, n):
-    write_video(tmp_path / "short.mp4", moving_square(n), fps=15)
+@pytest.mark.parametrize(("n", "height", "width"), [(1, 96, 64), (5, 97, 129)])
+def test_video_shorter_than_a_clip_and_odd_sizes(tmp_path, checkpoints, heatmap, n, height, width):
+    source = cv2.Animation()  # OpenCV's video writer makes odd sizes even, its GIF does not
+    source.frames, source.durations = list(moving_square(n, height, width)), np.full(n, 100, np.int32)
+    cv2.imwriteanimation(str(tmp_path / "short.gif"), source)
     output = tmp_path / "out.mp4"
     code, _, stderr = heatmap(
-        "--video", tmp_path / "short.mp4", "--checkpoint", checkpoints[NETWORKS[0]], "--output", output
+        "--video", tmp_path / "short.gif", "--checkpoint", checkpoints[NETWORKS[0]], "--output", output
     )
     assert code == 0, stderr
-    assert read_video(output)[0].shape == (n, 96, 128, 3)
-    assert cv2.imread(str(output.with_suffix(".png"))).shape == (640, 8 * 213, 3)
+    frames, given = (read_video(path)[0] for path in (output, tmp_path / "short.gif"))
+    assert given.shape == (n, height, width, 3)
+    assert frames.shape[::2] == (n, 2 * width) and frames.shape[1] >= height
+    assert abs(frames[:, :height, :width] - given).mean() < 25  # the GIF's dither is hard on the codec
+    assert cv2.imread(str(output.with_suffix(".png"))) is not None
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp"])
+def test_animations_are_bounded_and_play_at_the_right_pace(tmp_path, checkpoints, heatmap, suffix):
+    write_video(tmp_path / "clip.mp4", moving_square(60, 384, 256), fps=30)
+    output = tmp_path / f"out{suffix}"
+    code, _, stderr = heatmap(
+        "--video", tmp_path / "clip.mp4", "--checkpoint", checkpoints[NETWORKS[0]], "--output", output
+    )
+    assert code == 0, stderr
+    ok, animation = cv2.imreadanimation(str(output))
+    assert ok and len(animation.frames) == 20 and max(animation.frames[0].shape) == 480
+    assert np.sum(animation.durations) == pytest.approx(2000, abs=100)
+
+
+def test_numbers_are_the_signed_maps_and_their_times(tmp_path, checkpoints, heatmap):
+    write_video(tmp_path / "clip.mp4", moving_square(30), fps=16)  # 15 frames of the grid: one window, looped
+    output, path = tmp_path / "out.mp4", checkpoints[NETWORKS[0]]
+    args = [
+        "--layer",
+        "features.3,features.13",
+        "--method",
+        "gradcam,hirescam",
+        "--target-class",
+        "squat,plank",
+        "--npy",
+    ]
+    code, stdout, stderr = heatmap("--video", tmp_path / "clip.mp4", "--checkpoint", path, "--output", output, *args)
+    assert code == 0, stderr
+    assert cv2.imread(str(output.with_suffix(".png"))) is not None
+    model, checkpoint = load_checkpoint(path)
+    folded = fold_batch_norm(model)
+    ((_, clip, real),) = HeatMap.read_windows(tmp_path / "clip.mp4", checkpoint["size"], 16, 8.0, 8)
+    together, _ = explain(folded, HeatMap.to_network([clip], checkpoint, "cpu"), ["3", "13"], METHODS, [2, 1])
+    with np.load(tmp_path / "out.npz") as saved:
+        assert len(saved.files) == 9 and saved["times"].dtype == np.float32
+        assert saved["times"] == pytest.approx(np.arange(real) / 8)
+        for layer, method, (target, name) in product(("3", "13"), METHODS, ((2, "squat"), (1, "plank"))):
+            maps, expected = saved[f"features.{layer} {method} {name}"], together[layer, method, target][0]
+            assert maps.dtype == np.float32 and maps.shape == (real, *expected.shape[1:])
+            k = len(expected)
+            distance = abs(((np.arange(real) + 0.5) * k / 16 - 0.5).clip(0, k - 1)[:, None] - np.arange(k))
+            weights = torch.from_numpy(np.cos(np.pi / 2 * distance.clip(0, 1)) ** 2).float()
+            assert relative(torch.from_numpy(maps), torch.einsum("tk,khw->thw", weights, expected)) < 1e-4
+
+
+def test_check_prints_verdicts_and_writes_its_numbers(tmp_path, video, checkpoints, heatmap):
+    output = tmp_path / "out.mp4"
+    code, stdout, stderr = heatmap("--video", video, "--checkpoint", checkpoints[NETWORKS[0]], "--output", output,
+        "--check", "--layer", "features.13", "--target-class", "plank")  # fmt: skip
+    assert code == 0, stderr
+    assert sum("believe" in line or "learned" in line for line in stdout.splitlines()) == 2
+    with open(tmp_path / "out_check.csv") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["test"] for line in lines] == ["new weights"] * 4 + ["deletion"] * 4 + ["insertion"] * 4
+    assert {line["class"] for line in lines} == {"plank"}
+    assert all(-1 <= float(line["value"]) <= 1 and -1 <= float(line["random"]) <= 1 for line in lines)
+    assert [line["part"] for line in lines] == ["19", "12", "6", "0", *["0.05", "0.1", "0.2", "0.4"] * 2]
+
+
+def test_folder_gives_a_result_each_and_names_the_bad_file(tmp_path, checkpoints, heatmap):
+    write_video(tmp_path / "in/squat/a.mp4", moving_square(9), fps=15)
+    write_video(tmp_path / "in/lunge/a.avi", moving_square(9), fps=15, fourcc="MJPG")
+    (tmp_path / "in/lunge/bad.mp4").write_text("these are words")
+    (tmp_path / "results").mkdir()
+    args = ["--checkpoint", checkpoints[NETWORKS[0]], "--output", tmp_path / "results"]
+    code, stdout, stderr = heatmap("--video", tmp_path / "in", *args)
+    said = [line for line in stderr.splitlines() if line.startswith("HeatMap.py:")]
+    assert code == 2 and len(said) == 2 and "bad.mp4" in said[0] and "1 of 3" in said[1]
+    assert sorted(p.name for p in (tmp_path / "results").iterdir()) == [
+        "lunge_a_hirescam.png", "lunge_a_hirescam.webm", "squat_a_hirescam.png", "squat_a_hirescam.webm",
+    ]  # fmt: skip
 
 
 def test_map_without_positive_evidence_is_blank_and_said_so(tmp_path, video, checkpoints, heatmap):
     checkpoint = torch.load(checkpoints[NETWORKS[0]], weights_only=True)
-    checkpoint["model"]["classifier.1.weight"][
-        2
-    ] = -1.0  # after ReLU6 nothing is negative, so the map is nowhere positive
-    checkpoint["model"]["classifier.1.bias"][2] = 0.0
+    weights = checkpoint["model"]
+    weights["classifier.1.weight"][2] = -1.0  # after ReLU6 nothing is negative, so the map is nowhere positive
+    weights["classifier.1.bias"][2] = 0.0
+    checkpoint["model"] = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}  # read as float32
     torch.save(checkpoint, tmp_path / "never.pt")
     output = tmp_path / "out.mp4"
     code, stdout, _ = heatmap(
         "--video", video, "--checkpoint", tmp_path / "never.pt", "--output", output, "--target-class", "squat"
     )
     assert code == 0 and "no positive evidence for squat" in stdout
-    frames = read_video(output)[0][:, 30:]  # below the lines of text
+    frames = read_video(output)[0][:, :96]
     assert abs(frames[:, :, :64] - frames[:, :, 64:]).mean() < 3
 
 
@@ -346,8 +707,12 @@ def damaged(folder, checkpoints, kind):
         ("--checkpoint", "bytes", ["damaged.pt"]),
         ("--checkpoint", "state dict", ["damaged.pt"]),
         ("--checkpoint", "format 99", ["damaged.pt"]),
-        ("--output", "out.gif", ["out.gif", ".webm", ".mp4"]),
-        ("--output", "out.xyz", ["out.xyz", ".webm", ".mp4"]),
+        ("--method", "guess", ["guess", "gradcam", "hirescam"]),
+        ("--video", "nothing", ["nothing"]),  # a folder without videos
+        ("--stride", "17", ["--stride 17", "16"]),
+        ("--stride", "0", ["--stride 0"]),
+        ("--top-k", "-1", ["--top-k -1"]),
+        ("--output", "out.xyz", ["out.xyz", ".webm", ".mp4", ".gif", ".webp"]),
         ("--output", "missing/out.mp4", ["missing"]),
         ("--output", "folder.mp4", ["folder.mp4"]),
         ("--output", "clip.mp4", ["clip.mp4"]),  # the source itself
@@ -359,6 +724,7 @@ def test_error_is_one_sentence_and_leaves_nothing_behind(tmp_path, video, checkp
     (tmp_path / "text.mp4").write_text("these are words\n" * 99)
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "nothing").mkdir()
     args = {"--video": video, "--checkpoint": checkpoints[NETWORKS[0]], "--output": tmp_path / "out.mp4"}
     if flag == "--checkpoint":
         value = damaged(tmp_path, checkpoints, value)
