@@ -358,7 +358,7 @@ def test_windows_cross_fade_with_squared_sines(tmp_path, monkeypatch, n, stride)
 
 def test_window_in_the_middle_is_the_clip_that_the_trainer_validates(tmp_path):
     write_video(tmp_path / "clip.mp4", moving_square(60), fps=15)
-    item, _ = ExerciseVideoDataset([Segment(tmp_path / "clip.mp4", 0, 0.0, 59 / 15, 96, 64)], (48, 64), 8, 8.0)[0]
+    item, *_ = ExerciseVideoDataset([Segment(tmp_path / "clip.mp4", 0, 0.0, 59 / 15, 96, 64)], (48, 64), 8, 8.0)[0]
     windows = {start: clip for start, clip, _ in HeatMap.read_windows(tmp_path / "clip.mp4", (48, 64), 8, 8.0, 1)}
     n = int(59 / 15 * 8) + 1
     assert len(windows) == n - 7 and torch.equal(windows[(n - 8) // 2], item)
