@@ -167,7 +167,7 @@ def scaling(device, rounds):
 def precision(device):
     """Top-1 on the demo's validation clips, and how often it agrees with float32."""
     trained, checkpoint = load_checkpoint("checkpoints/mobilenet_v2_3d.pt")
-    data = ExerciseVideoDataModule(size=tuple(checkpoint["size"]), workers=0)
+    data = ExerciseVideoDataModule(size=tuple(checkpoint["size"]), workers=0, clips_per_video=1)
     data.setup()
     clips = [(normalize(c, checkpoint["mean"], checkpoint["std"]), label) for c, label, _ in data.val_dataloader()]
     labels, first = torch.cat([label for _, label in clips]), None
@@ -436,12 +436,14 @@ def evidence(path, layers, draws=2):
     """
     trained, checkpoint = load_checkpoint(path)
     model, size, fps = fold_batch_norm(trained), checkpoint["size"], checkpoint["clip_fps"]
-    data = ExerciseVideoDataModule(size=tuple(size), clip_len=checkpoint["clip_len"], clip_fps=fps, workers=0)
+    data = ExerciseVideoDataModule(
+        size=tuple(size), clip_len=checkpoint["clip_len"], clip_fps=fps, workers=0, cache_gb=0, clips_per_video=1
+    )
     data.setup()
     HeatMap.DRAWS, rows, found = draws, list(product(layers, HeatMap.METHODS)), defaultdict(list)
     for i in tqdm(range(len(data.val_set)), "evidence"):
         segment = data.val_set.segments[i]
-        clip, label = data.val_set[i]
+        clip, label, _ = data.val_set[i]
         clips = normalize(clip[None], checkpoint["mean"], checkpoint["std"])
         with torch.no_grad():
             found["top-1"].append(int(model(clips).argmax()) == label)
@@ -483,20 +485,7 @@ def evidence(path, layers, draws=2):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "what",
-        choices=(
-            "model",
-            "memory",
-            "copies",
-            "scaling",
-            "precision",
-            "motion",
-            "learning",
-            "loader",
-            "heatmap",
-            "evidence",
-            "peak",
-        ),
+        "what", choices="model memory copies scaling precision motion learning loader heatmap evidence peak".split()
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default: %(default)s)")
