@@ -21,6 +21,7 @@ import signal
 import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -138,7 +139,7 @@ def read_frames(path, times, source=None, part=None):
             frames[k] = frames[k - 1]
             continue
         image, fresh = video.frame(), False
-        source = source or image.shape[:2]
+        source = tuple(source or image.shape[:2])
         if image.shape[:2] != source:
             raise UserError(f"{path} has another frame size at {video.time:.2f} s than before")
         rows, columns = part or source
@@ -243,25 +244,23 @@ class Segment(NamedTuple):
 
 
 def shared_bytes(count):
-    """uint8 zeros (count,) that forked and spawned workers share.
+    """uint8 zeros (count,), at least one, that forked and spawned workers share.
 
     On Linux it is memory without a name: a crash leaves no file behind, a small /dev/shm does not limit it, and pages
     are taken only when something is written to them.
     """
+    count = max(1, count)
     if not hasattr(os, "memfd_create"):
         return torch.zeros(count, dtype=torch.uint8).share_memory_()
-    fd = os.memfd_create("clips")
-    try:
-        os.ftruncate(fd, max(1, count))
-        block = torch.UntypedStorage._new_shared_fd_cpu(fd, max(1, count))  # what torch's own workers do with /dev/shm
-        return torch.empty(0, dtype=torch.uint8).set_(block)[:count]
-    finally:
-        os.close(fd)
+    with open(os.memfd_create("clips"), "wb") as file:
+        file.truncate(count)
+        block = torch.UntypedStorage._new_shared_fd_cpu(file.fileno(), count)  # as torch's workers do with /dev/shm
+    return torch.empty(0, dtype=torch.uint8).set_(block)
 
 
 def spread(room, count):
     """At most `count` starts from 0 to `room`, evenly apart, one of them in the middle: room // 2."""
-    starts = [round(room * k / (count - 1)) for k in range(count)] if count > 1 else [0]
+    starts = [round(room * k / max(1, count - 1)) for k in range(count)]
     starts[min(range(count), key=lambda k: abs(starts[k] - room // 2))] = room // 2
     return sorted(set(starts))
 
@@ -275,69 +274,63 @@ class ExerciseVideoDataset(Dataset):
     Training: an item a segment, with random start and augmentation. Validation: `clips_per_video` items a segment,
     from its start to its end, cropped at the centre. A segment shorter than a clip is looped: holding its last frame
     would turn a squat into a held squat. `items` lists (number of the segment, first frame on the grid or None for a
-    random one, whether that is the clip in the middle). With `debug_dir` the first 10 samples are written there, before
-    and after augmentation.
+    random one, whether that is the clip in the middle). With `debug_dir` the first 10 samples are written there.
     """
 
     def __init__(self, segments, size, clip_len=16, clip_fps=8.0, training=False, debug_dir=None, clips_per_video=1):
         self.segments, self.size, self.clip_len, self.clip_fps = segments, size, clip_len, clip_fps
-        self.training, self.debug_dir, self.cache = training, debug_dir, {}
+        self.training, self.debug_dir, self.saved = training, debug_dir, 0
         self.transform = TrainTransform(size) if training else v2.CenterCrop((size[1], size[0]))
-        self.items = [(index, None, False) for index in range(len(segments))]
-        if not training:
-            rooms = [max(0, self.grid_len(index) - clip_len) for index in range(len(segments))]
-            self.items = [(index, start, start == room // 2) for index, room in enumerate(rooms)
-                          for start in spread(room, clips_per_video)]  # fmt: skip
-        self.saved = 0  # debug samples
+        self.items, self.cache = [], {}
+        for index in range(len(segments)):
+            room = max(0, len(self.file_grid(index)) - clip_len)
+            starts = [None] if training else spread(room, clips_per_video)
+            self.items += [(index, start, start == room // 2) for start in starts]
 
     def __len__(self):
         return len(self.items)
 
-    def grid_len(self, index):
-        """Number of frames of the time grid in a segment, at least 1."""
-        return int((self.segments[index].end - self.segments[index].start) * self.clip_fps + 1e-6) + 1
+    def file_grid(self, index):
+        """Numbers of a segment's frames on the time grid of its file, at least one."""
+        _, _, start, end, _, _ = self.segments[index]
+        first = round(start * self.clip_fps)
+        return range(first, first + int((end - start) * self.clip_fps + 1e-6) + 1)
 
     def keep_in_memory(self, budget):
         """Keep decoded and resized frames, as they come and before any augmentation, for all workers together.
 
         Files beyond `budget` bytes are decoded every time. Returns the number of bytes that may be taken.
         """
-        self.cache, grids, frames, filled = {}, {}, 0, 0
+        wanted, self.cache, used, slots = {}, {}, 0, 0
         for index, start, _ in self.items:
             s, grid = self.segments[index], self.file_grid(index)
             grid = grid if start is None else grid[start : start + self.clip_len]
-            grids.setdefault((s.path, *kept(s.height, s.width, self.size)), set()).update(grid.tolist())
-        for (path, h, w), grid in grids.items():
-            if frames + len(grid) * h * w * 3 > budget:
+            wanted.setdefault((s.path, *kept(s.height, s.width, self.size)), set()).update(grid)
+        for (path, h, w), grid in wanted.items():
+            count, nbytes = len(grid), 3 * h * w
+            if used + count * nbytes > budget:
                 break
-            slots = torch.zeros(max(grid) + 1, dtype=torch.int64)  # windows of a recording overlap or leave gaps
-            slots[sorted(grid)] = torch.arange(len(grid))
-            self.cache[path] = slots, (frames, len(grid), h, w, 3), filled
-            frames, filled = frames + len(grid) * h * w * 3, filled + len(grid)
-        self.frames, self.filled = shared_bytes(frames), shared_bytes(filled)
-        return frames
-
-    def file_grid(self, index):
-        """Numbers of a segment's frames on the time grid of its file."""
-        first = round(self.segments[index].start * self.clip_fps)
-        return torch.arange(first, first + self.grid_len(index))
+            self.cache[path] = {number: (used + k * nbytes, slots + k) for k, number in enumerate(sorted(grid))}
+            used, slots = used + count * nbytes, slots + count
+        self.frames, self.filled = shared_bytes(used), shared_bytes(slots)
+        return used
 
     def read(self, index, grid):
-        """Resized frames at the numbers `grid` (ascending) of a file's time grid -> uint8 (T, C, h, w)."""
-        path, _, _, _, height, width = self.segments[index]
+        """Resized frames at the neighbouring numbers `grid` of a file's time grid -> uint8 (T, C, h, w)."""
+        path, _, _, _, *source = self.segments[index]
         if path in self.cache:
-            slots, (start, *shape), first = self.cache[path]
-            slot = slots[grid[0]].item()  # neighbours on the grid are neighbours in the cache
-            frames = self.frames[start : start + math.prod(shape)].view(shape)[slot : slot + len(grid)]
-            filled = self.filled[first + slot : first + slot + len(grid)]
+            shape = len(grid), *kept(*source, self.size), 3
+            byte, slot = self.cache[path][grid[0]]  # neighbours on the grid are neighbours in the cache
+            cached = self.frames[byte : byte + math.prod(shape)].view(shape).permute(0, 3, 1, 2)
+            filled = self.filled[slot : slot + len(grid)]
             if filled.all():
-                return frames.permute(0, 3, 1, 2)
-        read = read_frames(path, (grid / self.clip_fps).tolist(), (height, width), needed(height, width, self.size))
-        read = resize(read, self.size, (height, width))
+                return cached
+        times = [number / self.clip_fps for number in grid]
+        frames = resize(read_frames(path, times, source, needed(*source, self.size)), self.size, source)
         if path in self.cache:
-            frames.copy_(read.permute(0, 2, 3, 1))
+            cached.copy_(frames)
             filled.fill_(1)  # last, for another worker may look
-        return read
+        return frames
 
     def __getitem__(self, item):
         if isinstance(item, tuple):
@@ -345,20 +338,20 @@ class ExerciseVideoDataset(Dataset):
                 torch.manual_seed(item[1])
                 return self[item[0]]
         index, start, _ = self.items[item]
-        n = self.grid_len(index)
+        grid = self.file_grid(index)
         if start is None:
-            start = int(torch.randint(max(0, n - self.clip_len) + 1, ()))
-        grid = self.file_grid(index)[start : start + self.clip_len]
-        frames = self.read(index, grid)
-        if n < self.clip_len:
-            frames = frames[torch.arange(self.clip_len) % n]
+            start = int(torch.randint(max(0, len(grid) - self.clip_len) + 1, ()))
+        frames = self.read(index, grid[start : start + self.clip_len])
+        if len(frames) < self.clip_len:
+            frames = frames[torch.arange(self.clip_len) % len(frames)]
         clip = self.transform(frames)
-        if self.debug_dir is not None and self.saved < 10:
+        if self.debug_dir and self.saved < 10:
             self._save_debug_sample(index, frames, clip)
         return clip, self.segments[index].label, item
 
     def _save_debug_sample(self, index, frames, clip):
         """Both videos, and a contact sheet with every second frame: above as read, below as trained on."""
+        self.debug_dir.mkdir(exist_ok=True)
         path, label, start, *_ = self.segments[index]
         stem = self.debug_dir / f"{self.saved:02d}_class{label}_{path.stem}_{start:g}s"
         self._save_debug_video(frames, f"{stem}_orig.mp4")
@@ -370,10 +363,7 @@ class ExerciseVideoDataset(Dataset):
         self.saved += 1
 
     def _save_debug_video(self, clip, path, mean=IMAGENET[0], std=IMAGENET[1]):
-        """Write a clip as mp4 (mp4v) in its true colours; UserError if that can't be done.
-
-        clip: uint8 (T, C, H, W), or normalised float32 (C, T, H, W), whose normalisation is inverted.
-        """
+        """Write uint8 (T, C, H, W), or normalised float32 (C, T, H, W) in its true colours, as mp4."""
         if clip.is_floating_point():
             clip = clip.transpose(0, 1) * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
             clip = (clip * 255).round().clamp(0, 255).to(torch.uint8)
@@ -459,7 +449,7 @@ def start_worker(_):
 LAYOUTS = """{0}/<class>/<id>.mp4 (optionally with {0}/split.csv), or {0}/videos/<id>.mp4 with \
 {0}/labels/<id>.csv (in each line a frame's number first and its label last, -1 for no exercise)"""
 PARTS = "train", "val", "test"
-UNLABELLED = -(2**31)
+UNLABELLED = -2
 
 
 def read_table(path, header=None):
@@ -479,25 +469,45 @@ def videos_in(folder):
 
 
 def class_folders(root):
-    """[(video, class)] of root/<class>/*; hidden folders, and whatever else is there, are passed over."""
-    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    """[(video, class)] of root/<class>/*, if there is such a folder; hidden ones are passed over."""
+    folders = sorted(p for p in root.glob("[!.]*") if p.is_dir())
     return [(video, folder.name) for folder in folders for video in videos_in(folder)]
 
 
-def recordings(root, notes):
-    """[(video, label of each frame)] of root/videos; one that has no file in root/labels is left out by a note."""
+def read_labels(path):
+    """The label of each frame of a recording by its csv file, int64 (n,); UNLABELLED where it names none."""
+    try:
+        rows = np.array([(int(row[0]), int(row[-1])) for row in read_table(path)], dtype=np.int64).reshape(-1, 2)
+    except (ValueError, OverflowError) as error:
+        raise UserError(f"{path} should hold a frame number first and a label last in each line: {error}") from error
+    frames, values = rows.T
+    if frames.min(initial=0) < 0 or frames.max(initial=0) > 1e8 or values.min(initial=0) < -1:
+        raise UserError(f"{path} should hold frame numbers from 0 or 1 to 1e8, and no label below -1")
+    labels = np.full(frames.max(initial=0) + 1, UNLABELLED)
+    labels[frames] = values
+    return labels if 0 in frames else labels[1:]  # counted from 0, or from 1
+
+
+def windows(labels, times, clip_len, clip_fps):
+    """[(label, start, end)] in seconds of windows that slide by half a clip, from the label and the time of each frame.
+
+    The label is that of the window's middle; where it holds for less than 60 % of the window, the window mixes two
+    about equally and is left out.
+    """
+    moments = np.arange(int(times[-1] * clip_fps + 1e-6) + 1) / clip_fps
+    frames = np.searchsorted(times, moments - 0.001)  # those that `read_frames` takes
+    on_grid = np.append(labels, UNLABELLED)[np.minimum(frames, len(labels))]
     found = []
-    for video in videos_in(root / "videos"):
-        table = root / "labels" / f"{video.stem}.csv"
-        if table.is_file():
-            found.append((video, read_labels(table)))
-        else:
-            notes.append(f"left out: {video}, because there is no {table}")
+    for first in range(0, max(1, len(on_grid) - clip_len + 1), max(1, clip_len // 2)):
+        inside = on_grid[first : first + clip_len]
+        middle = inside[len(inside) // 2]
+        if middle != UNLABELLED and (inside == middle).mean() >= 0.6:
+            found.append((int(middle), first / clip_fps, (first + len(inside) - 1) / clip_fps))
     return found
 
 
 def split_by_table(videos, path, notes):
-    """[(video, labels)] -> {part: [(video, labels)]} by a csv file of id,split; a note names what it lacks."""
+    """[(video, class)] -> {part: [(video, class)]} by a csv file of id,split; a note names what it lacks."""
     table = {}
     for name, part, *_ in read_table(path, ["id", "split"]):
         if part not in PARTS:
@@ -510,12 +520,11 @@ def split_by_table(videos, path, notes):
 
 
 def split_by_video(videos, seed):
-    """[(video, labels)] -> (train, val): 20 %, but at least one of two, of each class, or of the recordings, to val."""
-    groups = {}
-    for path, labels in videos:
-        groups.setdefault(labels if isinstance(labels, str) else "", []).append(path)
-    val = set()
-    for name, paths in groups.items():
+    """[(video, class)] -> (train, val): 20 % of each class to val, but at least one of two."""
+    classes, val = {}, set()
+    for path, name in videos:
+        classes.setdefault(name, []).append(path)
+    for name, paths in classes.items():
         n_val = max(1, round(0.2 * len(paths))) if len(paths) > 1 else 0
         val.update(random.Random(f"{seed} {name}").sample(paths, len(paths))[:n_val])
     return [video for video in videos if video[0] not in val], [video for video in videos if video[0] in val]
@@ -528,80 +537,42 @@ def refuse_twins(train, others):
         by_size.setdefault(path.stat().st_size, []).append(path)
     for path in others:
         for twin in by_size.get(path.stat().st_size, []):
-            if path.samefile(twin) or filecmp.cmp(path, twin, shallow=False):
+            if filecmp.cmp(path, twin, shallow=False):
                 raise UserError(f"{path} is the same video as {twin}, which is trained on: remove one of the two")
 
 
-def read_labels(path):
-    """The label of each frame of a recording by its csv file, int64 (n,); UNLABELLED where it names none."""
-    try:
-        rows = np.array([(int(row[0]), int(row[-1])) for row in read_table(path)], dtype=np.int64).reshape(-1, 2)
-    except (ValueError, OverflowError) as error:
-        raise UserError(f"{path} should hold a frame number first and a label last in each line: {error}") from error
-    frames = rows[:, 0] - (1 if len(rows) and rows[0, 0] else 0)  # counted from 1, or from 0 if the file begins so
-    if len(rows) and not 0 <= frames.min() <= frames.max() < 1e8:
-        raise UserError(f"{path} holds frame numbers from {rows[:, 0].min()} to {rows[:, 0].max()}")
-    labels = np.full(frames.max(initial=-1) + 1, UNLABELLED)
-    labels[frames] = rows[:, 1]
-    return labels
-
-
-def windows(labels, times, clip_len, clip_fps):
-    """[(first frame on the time grid, number of frames, label)] of windows that slide by half a clip.
-
-    labels, times (s): of each frame of the file. The label is that of the window's middle; where it holds for less than
-    60 % of the window, the window mixes two about equally and is left out.
-    """
-    moments = np.arange(int(times[-1] * clip_fps + 1e-6) + 1) / clip_fps
-    frames = np.searchsorted(times, moments - 0.001)  # those that `read_frames` takes
-    on_grid = np.append(labels, UNLABELLED)[np.minimum(frames, len(labels))]
-    found = []
-    for first in range(0, max(1, len(on_grid) - clip_len + 1), max(1, clip_len // 2)):
-        inside = on_grid[first : first + clip_len]
-        middle = inside[len(inside) // 2]
-        if middle != UNLABELLED and (inside == middle).mean() >= 0.6:
-            found.append((first, len(inside), int(middle)))
-    return found
-
-
 def check_files(paths, all_times, quiet):
-    """{path: [*probe(path), times of all frames if asked for], or a sentence on what is wrong}, in parallel.
+    """Probe all files in parallel -> ({path: (seconds, height, width, times)}, {path: a sentence on what is wrong}).
 
-    What was found is remembered in the user's cache folder until the size or the time of the file change.
+    times: of all frames in seconds, if asked for, else empty. What was found is remembered in the user's cache folder
+    until the size or the time of the file change.
     """
-    store = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "exercise_videos_1.json.gz"
+    store = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "exercise_videos_2.json.gz"
     try:
-        with gzip.open(store, "rt") as file:
-            known = dict(json.load(file))
+        known = dict(json.loads(gzip.decompress(store.read_bytes())))
     except (OSError, EOFError, ValueError, TypeError, zlib.error):  # none yet, or damaged
         known = {}
-    before = len(known)
+    before, good, bad = len(known), {}, {}
 
     def check(path):
         try:
             stat = path.stat()
             key = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {all_times}"
             if key not in known:
-                steps = np.diff(frame_times(path), prepend=0.0) if all_times else np.empty(0)
-                known[key] = [*probe(path), (1e6 * steps).round().astype(int).tolist()]  # so that gzip makes it small
+                microseconds = (1e6 * frame_times(path)).round() if all_times else []
+                known[key] = [*probe(path), np.diff(microseconds, prepend=0).tolist()]  # so that gzip makes it small
             *found, steps = known[key]
-            return [*found, np.cumsum(steps) / 1e6]
+            good[path] = *found, np.cumsum(steps) / 1e6
         except (UserError, OSError) as error:
-            return str(error)
+            bad[path] = str(error)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        checks = tqdm(pool.map(check, paths), "checking videos", len(paths), unit="file", disable=quiet)
-        checked = dict(zip(paths, checks, strict=True))
+        list(tqdm(pool.map(check, paths), "checking videos", len(paths), unit="file", disable=quiet))
     if len(known) > before:
-        part = store.with_suffix(f".{os.getpid()}")
-        try:
+        with suppress(OSError):  # then the next start checks again
             store.parent.mkdir(parents=True, exist_ok=True)
-            with gzip.open(part, "wt") as file:
-                json.dump(known, file)
-            part.replace(store)
-        except OSError:  # the next start checks again
-            part.unlink(missing_ok=True)
-    return checked
+            store.write_bytes(gzip.compress(json.dumps(known).encode()))
+    return good, dict(sorted(bad.items()))
 
 
 # ----------------------------------------------------------------------------------------------------- data module
@@ -613,8 +584,7 @@ class ExerciseVideoDataModule:
     Args:
         data: folder as LAYOUTS says, or with DIR/train/<class> and DIR/val/<class>; "data/demo" is rendered if missing.
         size: (W, H) of the clips in pixels. clip_len: frames. clip_fps: frames a second of the clip's time grid.
-        workers: loader processes; the seed's 4, none in debug mode.
-        cache_gb: RAM for decoded frames, in GB; 0, and debug mode, turn the cache off.
+        workers: loader processes. cache_gb: RAM for decoded frames, in GB. Both are 0 in debug mode.
         background_ratio: share of a recording set's windows without exercise that is kept, 0 to 1.
         clips_per_video: clips of each video in validation. rank, world: which of how many training processes this is.
     After `setup()`: `classes` (names), `train_set`, `val_set`, `test_set` (None if there is none), and `notes`
@@ -626,32 +596,38 @@ class ExerciseVideoDataModule:
                  world=1):  # fmt: skip
         self.data, self.size, self.clip_len, self.clip_fps = Path(data), size, clip_len, clip_fps
         self.batch_size, self.debug, self.seed, self.background_ratio = batch_size, debug, seed, background_ratio
-        self.clips_per_video, self.rank, self.world, self.notes = clips_per_video, rank, world, []
+        self.clips_per_video, self.rank, self.world = clips_per_video, rank, world
         self.workers, self.cache_gb = (0, 0.0) if debug else (workers, cache_gb)
-        self.debug_dir = Path("debug_output") if debug else None
 
     def find_videos(self):
-        """{part: [(video, its class, or the label of each frame)]}; says in `notes` what was found."""
-        root = self.data
+        """{part: [(video, class)]}. Recordings have the class "" and their labels, one a frame, in `frame_labels`."""
+        root, self.frame_labels = self.data, {}
         if root == Path("data/demo") and not root.exists() and self.rank == 0:
             render_demo(root)
         if not root.is_dir():
             raise UserError(f"{root} is not a folder: --data takes {LAYOUTS.format(root)}")
         if (root / "train").is_dir() and (root / "val").is_dir():
             self.notes.append(f"{root} holds class folders in train and val")
-            return {part: class_folders(root / part) if (root / part).is_dir() else [] for part in PARTS}
+            return {part: class_folders(root / part) for part in PARTS}
         if (root / "videos").is_dir() and (root / "labels").is_dir():
-            videos = recordings(root, self.notes)
+            for video in videos_in(root / "videos"):
+                if (table := root / "labels" / f"{video.stem}.csv").is_file():
+                    self.frame_labels[video] = read_labels(table)
+                else:
+                    self.notes.append(f"left out: {video}, because there is no {table}")
+            videos = [(video, "") for video in self.frame_labels]
             count, kind = len(videos), "untrimmed recordings with labels"
         else:
             videos = class_folders(root)
             count, kind = len({name for _, name in videos}), "class folders with videos"
-        if count < 2:
-            raise UserError(
-                f"{root} holds {count} {kind} where at least 2 are needed: --data takes {LAYOUTS.format(root)}"
-            )
         self.notes.append(f"{root} holds {count} {kind}")
-        table, parts = root / "split.csv", {part: [] for part in PARTS} | {"train": videos}
+        if count < 2:
+            raise UserError(f"{self.notes[-1]} where at least 2 are needed: --data takes {LAYOUTS.format(root)}")
+        return self.split(videos)
+
+    def split(self, videos):
+        """{part: [(video, class)]} by split.csv. If that is missing, or has none for val, by video."""
+        table, parts = self.data / "split.csv", {"train": videos, "val": [], "test": []}
         if table.is_file():
             parts = split_by_table(videos, table, self.notes)
             if not parts["val"]:
@@ -663,81 +639,78 @@ class ExerciseVideoDataModule:
             parts["train"], parts["val"] = split_by_video(parts["train"], self.seed)
         return parts
 
+    def name_classes(self, train):
+        """Sets `classes`, those of [(video, class)] to train on, and `names`, of the labels of recordings."""
+        found, self.names, table = {name for _, name in train}, {}, self.data / "classes.csv"
+        if self.frame_labels:
+            rows = read_table(table, ["label", "name"]) if table.is_file() else []
+            self.names = {row[0]: row[1] for row in rows} | {"-1": "no_exercise"}
+            found = set().union(*(self.frame_labels[path].tolist() for path, _ in train)) - {UNLABELLED}
+            found -= set() if self.background_ratio else {-1}
+        self.classes = list(dict.fromkeys(self.names.get(str(label), str(label)) for label in sorted(found)))
+        if len(self.classes) < 2:
+            raise UserError(f"{self.data} has {len(self.classes)} classes to train where at least 2 are needed")
+
     def cut(self, part, videos, checked):
-        """Segments of those of [(video, labels)] that are not broken; their labels are as found."""
+        """Segments of those of [(video, class)] that can be read, with a share of the windows without exercise."""
         segments, background = [], []
-        for path, labels in videos:
-            if isinstance(checked[path], str):
+        for path, name in videos:
+            if path not in checked:
                 continue
             seconds, height, width, times = checked[path]
-            if isinstance(labels, str):
-                segments.append(Segment(path, labels, 0.0, seconds, height, width))
-                continue
-            if abs(len(labels) - len(times)) > 0.01 * len(times):
-                self.notes.append(
-                    f"{path} has {len(times)} frames and {len(labels)} labels: do the two belong together?"
-                )
-            for first, n, label in windows(labels, times, self.clip_len, self.clip_fps):
-                start, end = first / self.clip_fps, (first + n - 1) / self.clip_fps
-                (background if label == -1 else segments).append(Segment(path, label, start, end, height, width))
+            stretches, labels = [(name, 0.0, seconds)], self.frame_labels.get(path)
+            if labels is not None:
+                stretches = windows(labels, times, self.clip_len, self.clip_fps)
+                if abs(len(labels) - len(times)) > 0.01 * len(times):
+                    self.notes.append(f"{path} has {len(times)} frames and {len(labels)} labels: is it the right file?")
+            for label, start, end in stretches:
+                name = self.names.get(str(label), str(label))
+                if label == -1:
+                    background.append(Segment(path, 0, start, end, height, width))
+                elif name in self.classes:
+                    segments.append(Segment(path, self.classes.index(name), start, end, height, width))
+                else:
+                    raise UserError(f"{path} in {part} has the class {name}, which no video to train on has")
         if background:
-            n = max(self.background_ratio > 0, round(self.background_ratio * len(background)))
+            n = max(int(self.background_ratio > 0), round(self.background_ratio * len(background)))
             self.notes.append(f"{part}: {len(segments)} windows of exercises, {n} of {len(background)} of none kept")
             segments += random.Random(f"{self.seed} {part}").sample(background, n)
         return sorted(segments)
 
-    def label(self, segments, parts, bad):
-        """{part: segments with labels as found} -> segments of each part, with numbers of `classes`, which it sets."""
-        table = self.data / "classes.csv"
-        names = {row[0]: row[1] for row in read_table(table, ["label", "name"])} if table.is_file() else {}
-        names["-1"] = "no_exercise"
-        found = set().union(*([labels] if isinstance(labels, str) else labels.tolist() for _, labels in parts["train"]))
-        found -= {UNLABELLED} if self.background_ratio else {UNLABELLED, -1}
-        found = sorted(found, key=lambda label: (label != -1, label))
-        self.classes = list(dict.fromkeys(names.get(str(label), str(label)) for label in found))
-        if len(self.classes) < 2:
-            raise UserError(f"{self.data} has {len(self.classes)} class to train where at least 2 are needed")
-        numbered = {part: [] for part in PARTS}
-        for part in PARTS:
-            for segment in segments[part]:
-                if (name := names.get(str(segment.label), str(segment.label))) not in self.classes:
-                    raise UserError(f"{segment.path} in {part} has the class {name}, which no video to train on has")
-                numbered[part].append(segment._replace(label=self.classes.index(name)))
-            if parts[part] and not numbered[part]:
-                raise UserError(f"{self.data} has no video left for {part}: {'; '.join([*bad.values()][:3])}")
-        if lost := set(range(len(self.classes))) - {s.label for s in numbered["train"]}:
-            name = self.classes[min(lost)]
-            why = [reason for path, reason in bad.items() if path.parent.name == name][:3]
-            why = "; ".join(why) or f"in no recording that can be read it lasts for {self.clip_len / self.clip_fps:g} s"
-            raise UserError(f"{self.data} has no clip of class {name} left to train on: {why}")
-        if not numbered["val"]:
-            raise UserError(f"{self.data} leaves no video for validation: give each class at least 2 videos")
-        return numbered.values()
+    def refuse_gaps(self, parts, segments, bad):
+        """UserError if a class has no clip to train on, or a part that should have some has none."""
+        missing = set(self.classes) - {self.classes[s.label] for s in segments["train"]}
+        gaps = [f"class {name} to train on" for name in sorted(missing)]
+        gaps += [part for part in PARTS if not segments[part] and (parts[part] or part == "val")]
+        if gaps:
+            why = [bad[path] for path in sorted(bad, key=lambda path: path.parent.name not in missing)[:3]]
+            why += [f"a class takes 2 videos, and in recordings one that lasts for {self.clip_len / self.clip_fps:g} s"]
+            raise UserError(f"{self.data} has no clip left for {', '.join(gaps)}: {'; '.join(why)}")
 
     def setup(self):
         self.notes = []
         parts = self.find_videos()
-        if not (videos := sum(parts.values(), [])):
-            raise UserError(f"{self.data} has no video for train, val or test")
-        checked = check_files([path for path, _ in videos], not isinstance(videos[0][1], str), self.rank > 0)
-        bad = {path: reason for path, reason in checked.items() if isinstance(reason, str)}
+        paths = [path for videos in parts.values() for path, _ in videos]
+        checked, bad = check_files(paths, bool(self.frame_labels), quiet=self.rank > 0)
         self.notes += [f"left out: {reason}" for reason in bad.values()]
         if bad:
-            self.notes.append(f"{len(bad)} of {len(videos)} videos can't be read")
-        train, *others = ([path for path, _ in parts[part] if path not in bad] for part in PARTS)
+            self.notes.append(f"{len(bad)} of {len(paths)} videos can't be read")
+        train, *others = ([path for path, _ in parts[part] if path in checked] for part in PARTS)
         refuse_twins(train, sum(others, []))
-        train, val, test = self.label({part: self.cut(part, parts[part], checked) for part in PARTS}, parts, bad)
+        self.name_classes(parts["train"])
+        segments = {part: self.cut(part, parts[part], checked) for part in PARTS}
+        self.refuse_gaps(parts, segments, bad)
         W, H = self.size
-        shapes = {s.path: (s.width, s.height) for s in train + val + test}.values()
+        shapes = {s.path: (s.width, s.height) for part in PARTS for s in segments[part]}.values()
         if misfit := sum((w > h) != (W > H) for w, h in shapes if W != H and w != h):
             kind = "landscape" if W < H else "portrait"
             self.notes.append(f"{misfit} of {len(shapes)} videos are {kind}, which {W}x{H} cuts: try --size {H}x{W}")
-        if self.debug:
-            self.debug_dir.mkdir(exist_ok=True)
-        common = self.size, self.clip_len, self.clip_fps
-        self.train_set = ExerciseVideoDataset(train, *common, training=True, debug_dir=self.debug_dir)
-        self.val_set = ExerciseVideoDataset(val, *common, clips_per_video=self.clips_per_video)
-        self.test_set = ExerciseVideoDataset(test, *common, clips_per_video=self.clips_per_video) if test else None
+        options = {"size": self.size, "clip_len": self.clip_len, "clip_fps": self.clip_fps}
+        debug_dir = Path("debug_output") if self.debug else None
+        self.train_set = ExerciseVideoDataset(segments["train"], training=True, debug_dir=debug_dir, **options)
+        options["clips_per_video"] = self.clips_per_video
+        self.val_set = ExerciseVideoDataset(segments["val"], **options)
+        self.test_set = ExerciseVideoDataset(segments["test"], **options) if segments["test"] else None
         budget = int(1e9 * self.cache_gb)
         self.train_set.keep_in_memory(budget - self.val_set.keep_in_memory(budget))
 
