@@ -1,4 +1,4 @@
-"""Videos to batches: decode -> transform -> sample by time -> batch -> find and label the files; and the demo data set.
+"""Videos to batches: decode -> transform -> sample -> batch; then where the files are, and the demo data set.
 
     data = ExerciseVideoDataModule("my_videos", size=(300, 400))     # my_videos/<class>/*.mp4
     data.setup()
@@ -11,7 +11,6 @@ converting to float first made the augmentation 3.5 times slower. Sizes are (W, 
 
 import csv
 import filecmp
-import gzip
 import json
 import math
 import os
@@ -19,7 +18,6 @@ import random
 import shutil
 import signal
 import sys
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import product
@@ -51,21 +49,18 @@ class UserError(Exception):
 
 
 class VideoReader:
-    """Frames of a file one after the other, each with its own presentation time. Raises UserError naming the file.
+    """Frames of a file one after the other; `time` is that of the grabbed one in seconds. UserError names the file.
 
-    Nothing in the header is believed: frame counts, rates and sizes there are wrong in many real files, and a seek may
-    land on another frame than asked for. `time` is the time in seconds of the frame that was grabbed last.
+    Nothing in the header is believed: frame counts, rates and sizes there are wrong in many real files.
     """
 
     def __init__(self, path, threads=1):
         self.path = Path(path)
         if not self.path.is_file():
             raise UserError(f"{path} does not exist or is not a file")
-        if self.path.stat().st_size == 0:
-            raise UserError(f"{path} is empty (0 bytes)")
         self.cap = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, threads])
         if not self.cap.isOpened():
-            raise UserError(f"{path} can't be opened as a video (damaged, or not a video)")
+            raise UserError(f"{path} can't be opened as a video (empty, damaged, or not a video)")
         fps = self.cap.get(cv2.CAP_PROP_FPS)
         self.fps = fps if 1 <= fps <= 240 else 30.0  # a hint: for writing, and for frames that carry no time
         self.time = -1 / self.fps
@@ -120,28 +115,27 @@ def frame_times(path):
 
 
 def read_frames(path, times, source=None, part=None):
-    """For each of `times` (ascending, seconds) the first frame that starts then or later -> uint8 (T, C, H, W).
+    """For each of `times` (ascending, seconds) the first frame that starts then or later -> uint8 (T, C, H, W), RGB.
 
-    RGB, whole, or of frames of the size `source` the central `part`, both (rows, columns). The memory is that of
-    stacked images (channels innermost), which is what v2.Resize works fastest on. Raises UserError if the file ends
-    more than half a second before the last of the times, or if a frame has another size.
+    Whole, or of frames of the size `source` the central `part`, both (rows, columns). Channels are innermost in memory,
+    on which v2.Resize is fastest. UserError if the file ends over 0.5 s before the last time or changes its frame size.
     """
-    video, frames, fresh = VideoReader(path), None, True
+    video, frames, taken = VideoReader(path), None, None
     if times[0] > 3:
         video.jump_before(times[0])
     alive = video.grab()
     for k, time in enumerate(times):
         while alive and video.time < time - 0.001:
-            alive, fresh = video.grab(), True
+            alive = video.grab()
         if not alive and (k == 0 or time > video.time + 0.5):
             raise UserError(f"{path} ends at {max(video.time, 0):.2f} s, before {time:.2f} s: it changed or is damaged")
-        if not alive or not fresh:
+        if not alive or video.time == taken:
             frames[k] = frames[k - 1]
             continue
-        image, fresh = video.frame(), False
-        source = tuple(source or image.shape[:2])
+        image, taken = video.frame(), video.time
+        source = source or image.shape[:2]
         if image.shape[:2] != source:
-            raise UserError(f"{path} has another frame size at {video.time:.2f} s than before")
+            raise UserError(f"{path} has another frame size at {taken:.2f} s than before")
         rows, columns = part or source
         y, x = (source[0] - rows) // 2, (source[1] - columns) // 2
         frames = np.empty((len(times), rows, columns, 3), np.uint8) if frames is None else frames
@@ -163,10 +157,7 @@ def cover(height, width, size):
 
 
 def kept(height, width, size, margin=1.25):
-    """(h, w) of that frame after a cut to at most `margin` times the target's sides.
-
-    The cut keeps the random crop of a wide video near its middle, where people stand.
-    """
+    """(h, w): `cover`, cut to `margin` times the target: random crops stay near the middle, where people stand."""
     h, w = cover(height, width, size)
     return min(h, int(size[1] * margin)), min(w, int(size[0] * margin))
 
@@ -178,10 +169,7 @@ def needed(height, width, size):
 
 
 def resize(frames, size, source=None):
-    """uint8 (T, C, height, width) -> (T, C, h, w): `cover`, then the central `kept` part of it.
-
-    `source`: the (height, width) of which the frames are the `needed` middle.
-    """
+    """uint8 (T, C, height, width), or the `needed` middle of frames of the size `source` -> (T, C, *kept)."""
     height, width = source or frames.shape[-2:]
     (h, w), inner, part = cover(height, width, size), kept(height, width, size), needed(height, width, size)
     sides = [max(inner[0], round(part[0] * h / height)), max(inner[1], round(part[1] * w / width))]
@@ -192,18 +180,15 @@ def resize(frames, size, source=None):
 class TrainTransform:
     """Random zoom and shift, mirror, tilt: one draw for all frames of a clip. uint8 (T, C, h, w) -> (T, C, H, W).
 
-    Draws and means what v2.RandomResizedCrop, v2.RandomHorizontalFlip and v2.RandomRotation do one after the other. But
-    the three are one affine map, and OpenCV makes one pass over the pixels where v2 makes several, some in float. Its
-    remap is faster than its warpAffine, because all frames share the work on the coordinates.
+    Draws and means what v2.RandomResizedCrop, v2.RandomHorizontalFlip and v2.RandomRotation do one after the other, but
+    in one pass over the pixels: the three are one affine map, whose coordinates all frames share.
     """
 
     def __init__(self, size):
         self.size, self.rotation = size, v2.RandomRotation(10)
         self.grey = [round(255 * m) for m in IMAGENET[0]]  # for corners that a rotation leaves empty: 0 to the network
-        W, H = size
-        self.places = np.stack(
-            np.meshgrid(np.arange(W) - (W - 1) / 2, np.arange(H) - (H - 1) / 2), -1, dtype=np.float32
-        )
+        rows, columns = np.indices(size[::-1], np.float32)
+        self.places = np.stack([columns - (size[0] - 1) / 2, rows - (size[1] - 1) / 2], -1)  # from the middle
 
     def __call__(self, frames):
         W, H = self.size
@@ -246,8 +231,7 @@ class Segment(NamedTuple):
 def shared_bytes(count):
     """uint8 zeros (count,), at least one, that forked and spawned workers share.
 
-    On Linux it is memory without a name: a crash leaves no file behind, a small /dev/shm does not limit it, and pages
-    are taken only when something is written to them.
+    On Linux without a name: a crash leaves no file behind, and a small /dev/shm is no limit. Pages are taken when used.
     """
     count = max(1, count)
     if not hasattr(os, "memfd_create"):
@@ -268,8 +252,7 @@ def spread(room, count):
 class ExerciseVideoDataset(Dataset):
     """Items: (clip, label, i); the clip is uint8 (T, C, H, W), `clip_len` frames on a time grid of `clip_fps`.
 
-    An item is asked for by its number i, or by (i, seed): then start and augmentation come from that seed alone, the
-    same in any process, and the global random state stays as it was.
+    An item is asked for by i, or by (i, seed): then start and augmentation come from that seed alone.
 
     Training: an item a segment, with random start and augmentation. Validation: `clips_per_video` items a segment,
     from its start to its end, cropped at the centre. A segment shorter than a clip is looped: holding its last frame
@@ -317,7 +300,8 @@ class ExerciseVideoDataset(Dataset):
 
     def read(self, index, grid):
         """Resized frames at the neighbouring numbers `grid` of a file's time grid -> uint8 (T, C, h, w)."""
-        path, _, _, _, *source = self.segments[index]
+        path, _, _, _, height, width = self.segments[index]
+        source = height, width
         if path in self.cache:
             shape = len(grid), *kept(*source, self.size), 3
             byte, slot = self.cache[path][grid[0]]  # neighbours on the grid are neighbours in the cache
@@ -388,10 +372,8 @@ def open_writer(path, fourcc, fps, size):
 class EpochBatches(Sampler):
     """Batches of one process of `world`, drawn anew in each `epoch`, which whoever trains sets before it starts.
 
-    Training (shuffle): lists of (i, seed) for `ExerciseVideoDataset`. The batches of an epoch differ by at most one
-    clip in size, so that none of a few clips spoils the batch norm, and each process takes its part of every one of
-    them. Validation: numbers i, of every world-th item. Over all processes each i comes once. Raises UserError if
-    there are more processes than clips in a batch.
+    Training (shuffle): lists of (i, seed), nearly equally long, so that no tiny batch spoils the batch norm; each
+    process takes its part of every one of them. Validation: lists of every world-th i.
     """
 
     def __init__(self, n, batch_size, seed, shuffle, rank=0, world=1):
@@ -407,12 +389,13 @@ class EpochBatches(Sampler):
         return math.ceil(len(range(self.rank, self.n, self.world)) / max(1, self.batch_size // self.world))
 
     def __iter__(self):
+        items = list(range(self.rank, self.n, self.world))
         if self.shuffle:
             rng = random.Random(f"{self.seed} {self.epoch}")
             items = [(i, rng.getrandbits(63)) for i in rng.sample(range(self.n), self.n)]
-            return (share(share(items, k, len(self)), self.rank, self.world) for k in range(len(self)))
-        items = list(range(self.rank, self.n, self.world))
-        return (share(items, k, len(self)) for k in range(len(self)))
+        for k in range(len(self)):
+            batch = share(items, k, len(self))
+            yield share(batch, self.rank, self.world) if self.shuffle else batch
 
 
 def share(items, k, parts):
@@ -423,8 +406,7 @@ def share(items, k, parts):
 def collate(samples):
     """Samples -> clips uint8 (B, T, C, H, W) with channels innermost in memory, labels int64 (B,), items int64 (B,).
 
-    From a worker the clips travel in memory of `shared_bytes`: a batch of 16 at 300x400 is 92 MB, more than the 64 MB
-    that /dev/shm, where torch would put them, has in many containers.
+    Not by /dev/shm, which has 64 MB in many containers: a batch of 16 at 300x400 is 92 MB.
     """
     clips, labels, items = zip(*samples, strict=True)
     images = [clip.permute(0, 2, 3, 1) for clip in clips]
@@ -434,10 +416,7 @@ def collate(samples):
 
 
 def start_worker(_):
-    """Ctrl-C is for the main process, which ends the workers; without this each of them prints a traceback.
-
-    It ends them by a signal, after which they should still remove the temporary folder that torch made for them.
-    """
+    """Ctrl-C is for the main process; the workers, which it ends by a signal, still remove torch's temporary folder."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     torch.set_num_threads(1)
@@ -506,8 +485,8 @@ def windows(labels, times, clip_len, clip_fps):
     return found
 
 
-def split_by_table(videos, path, notes):
-    """[(video, class)] -> {part: [(video, class)]} by a csv file of id,split; a note names what it lacks."""
+def split_by_table(videos, path, seed, notes):
+    """[(video, class)] -> {part: [(video, class)]} by a csv file of id,split; notes name what it lacks."""
     table = {}
     for name, part, *_ in read_table(path, ["id", "split"]):
         if part not in PARTS:
@@ -516,7 +495,11 @@ def split_by_table(videos, path, notes):
             raise UserError(f"{path} puts {name} into both {table[name]} and {part}")
     if missing := [video.name for video, _ in videos if video.stem not in table]:
         notes.append(f"left out: {len(missing)} videos that {path} does not list: {', '.join(missing)}")
-    return {part: [video for video in videos if table.get(video[0].stem) == part] for part in PARTS}
+    parts = {part: [video for video in videos if table.get(video[0].stem) == part] for part in PARTS}
+    if not parts["val"]:
+        notes.append(f"{path} lists none for val: a fifth of those for train validate, drawn by the seed")
+        parts["train"], parts["val"] = split_by_video(parts["train"], seed)
+    return parts
 
 
 def split_by_video(videos, seed):
@@ -547,10 +530,10 @@ def check_files(paths, all_times, quiet):
     times: of all frames in seconds, if asked for, else empty. What was found is remembered in the user's cache folder
     until the size or the time of the file change.
     """
-    store = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "exercise_videos_2.json.gz"
+    store = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "exercise_videos.json"
     try:
-        known = dict(json.loads(gzip.decompress(store.read_bytes())))
-    except (OSError, EOFError, ValueError, TypeError, zlib.error):  # none yet, or damaged
+        known = json.loads(store.read_text())
+    except (OSError, ValueError):  # none yet, or damaged
         known = {}
     before, good, bad = len(known), {}, {}
 
@@ -559,10 +542,8 @@ def check_files(paths, all_times, quiet):
             stat = path.stat()
             key = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {all_times}"
             if key not in known:
-                microseconds = (1e6 * frame_times(path)).round() if all_times else []
-                known[key] = [*probe(path), np.diff(microseconds, prepend=0).tolist()]  # so that gzip makes it small
-            *found, steps = known[key]
-            good[path] = *found, np.cumsum(steps) / 1e6
+                known[key] = *probe(path), frame_times(path).round(6).tolist() if all_times else []
+            good[path] = known[key]
         except (UserError, OSError) as error:
             bad[path] = str(error)
 
@@ -571,7 +552,7 @@ def check_files(paths, all_times, quiet):
     if len(known) > before:
         with suppress(OSError):  # then the next start checks again
             store.parent.mkdir(parents=True, exist_ok=True)
-            store.write_bytes(gzip.compress(json.dumps(known).encode()))
+            store.write_text(json.dumps(known))
     return good, dict(sorted(bad.items()))
 
 
@@ -579,16 +560,14 @@ def check_files(paths, all_times, quiet):
 
 
 class ExerciseVideoDataModule:
-    """Finds the videos, checks them, splits them and makes the loaders.
+    """Finds the videos, checks them, splits them and makes the loaders. UserError if the folder can't be used.
 
-    Args:
-        data: folder as LAYOUTS says, or with DIR/train/<class> and DIR/val/<class>; "data/demo" is rendered if missing.
-        size: (W, H) of the clips in pixels. clip_len: frames. clip_fps: frames a second of the clip's time grid.
-        workers: loader processes. cache_gb: RAM for decoded frames, in GB. Both are 0 in debug mode.
-        background_ratio: share of a recording set's windows without exercise that is kept, 0 to 1.
-        clips_per_video: clips of each video in validation. rank, world: which of how many training processes this is.
-    After `setup()`: `classes` (names), `train_set`, `val_set`, `test_set` (None if there is none), and `notes`
-    (sentences for the user, one for each bad file). Raises UserError if the folder can't be used.
+    data: folder as LAYOUTS says, or with DIR/train/<class> and DIR/val/<class>; "data/demo" is rendered if missing.
+    size: (W, H) of the clips in pixels. clip_len: frames. clip_fps: frames a second of the clip's time grid.
+    workers: loader processes. cache_gb: RAM for decoded frames, in GB. Both are 0 in debug mode.
+    background_ratio: share of a recording set's windows without exercise that is kept, 0 to 1.
+    clips_per_video: in validation. rank, world: which of how many training processes this is.
+    `setup()` sets `classes` (names), `train_set`, `val_set`, `test_set` (may be None) and `notes` (for the user).
     """
 
     def __init__(self, data="data/demo", size=(300, 400), clip_len=16, clip_fps=8.0, batch_size=16, workers=4,
@@ -623,21 +602,12 @@ class ExerciseVideoDataModule:
         self.notes.append(f"{root} holds {count} {kind}")
         if count < 2:
             raise UserError(f"{self.notes[-1]} where at least 2 are needed: --data takes {LAYOUTS.format(root)}")
-        return self.split(videos)
-
-    def split(self, videos):
-        """{part: [(video, class)]} by split.csv. If that is missing, or has none for val, by video."""
-        table, parts = self.data / "split.csv", {"train": videos, "val": [], "test": []}
+        table = root / "split.csv"
         if table.is_file():
-            parts = split_by_table(videos, table, self.notes)
-            if not parts["val"]:
-                self.notes.append(f"{table} lists none for val: a fifth of those for train validate, drawn by the seed")
-        else:
-            self.notes.append(f"split by video: if one person is in several, keep them together by {table} (the line "
-                              "id,split, then lines of a name without .mp4 and train, val or test)")  # fmt: skip
-        if not parts["val"]:
-            parts["train"], parts["val"] = split_by_video(parts["train"], self.seed)
-        return parts
+            return split_by_table(videos, table, self.seed, self.notes)
+        self.notes.append(f"split by video: if one person is in several, keep them together by {table} (the line "
+                          "id,split, then lines of a name without .mp4 and train, val or test)")  # fmt: skip
+        return dict(zip(PARTS, (*split_by_video(videos, self.seed), []), strict=True))
 
     def name_classes(self, train):
         """Sets `classes`, those of [(video, class)] to train on, and `names`, of the labels of recordings."""
