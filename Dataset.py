@@ -18,11 +18,11 @@ import random
 import shutil
 import signal
 import sys
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # a broken file is reported by us, once, in one sentence
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
@@ -92,26 +92,18 @@ class VideoReader:
         self.__init__(self.path)
 
 
-def probe(path):
-    """(duration in seconds = time of the last frame that decodes, height, width); UserError if there is none."""
+def probe(path, all_times=False):
+    """(seconds until the last frame that decodes, height, width, times of all if asked for). UserError if none does."""
     video = VideoReader(path)
     if not video.grab():
         raise UserError(f"{path} holds no frame that can be decoded")
     height, width = video.frame().shape[:2]
-    seconds = video.cap.get(cv2.CAP_PROP_FRAME_COUNT) / video.fps
-    if seconds > 20:  # jump near the end that the header promises; where that fails the whole file is read
+    times, seconds = [video.time], video.cap.get(cv2.CAP_PROP_FRAME_COUNT) / video.fps
+    if seconds > 20 and not all_times:  # near the end that the header promises; where that fails all is read
         video.jump_before(seconds - 1)
     while video.grab():
-        pass
-    return max(video.time, 0.0), height, width
-
-
-def frame_times(path):
-    """The time in seconds of every frame, float64 (n,): one pass over the file that converts none of them."""
-    video, times = VideoReader(path), []
-    while video.grab():
         times.append(video.time)
-    return np.array(times)
+    return max(video.time, 0.0), height, width, np.round(times, 6).tolist() if all_times else []
 
 
 def read_frames(path, times, source=None, part=None):
@@ -148,12 +140,10 @@ def read_frames(path, times, source=None, part=None):
 
 def cover(height, width, size):
     """(h, w) in pixels: the smallest frame of the same aspect that covers `size` = (W, H)."""
-    W, H = size
-    if width <= height:
-        w = max(W, -(-H * width // height))
-        return w * height // width, w
-    h = max(H, -(-W * height // width))
-    return h, h * width // height
+    if width > height:
+        return cover(width, height, size[::-1])[::-1]
+    w = max(size[0], -(-size[1] * width // height))
+    return w * height // width, w
 
 
 def kept(height, width, size, margin=1.25):
@@ -217,15 +207,8 @@ def normalize(clips, mean, std):
 # --------------------------------------------------------------------------------------------------------- dataset
 
 
-class Segment(NamedTuple):
-    """A stretch of a video with one label, from which clips are drawn. Times in seconds, sizes in pixels."""
-
-    path: Path
-    label: int
-    start: float
-    end: float
-    height: int
-    width: int
+# A stretch of a video from which clips are drawn: the number of its class, start and end in seconds, sides in pixels
+Segment = namedtuple("Segment", "path label start end height width")
 
 
 def shared_bytes(count):
@@ -300,8 +283,7 @@ class ExerciseVideoDataset(Dataset):
 
     def read(self, index, grid):
         """Resized frames at the neighbouring numbers `grid` of a file's time grid -> uint8 (T, C, h, w)."""
-        path, _, _, _, height, width = self.segments[index]
-        source = height, width
+        path, source = self.segments[index].path, self.segments[index][-2:]
         if path in self.cache:
             shape = len(grid), *kept(*source, self.size), 3
             byte, slot = self.cache[path][grid[0]]  # neighbours on the grid are neighbours in the cache
@@ -378,8 +360,7 @@ class EpochBatches(Sampler):
 
     def __init__(self, n, batch_size, seed, shuffle, rank=0, world=1):
         self.n, self.batch_size, self.seed, self.shuffle = n, batch_size, seed, shuffle
-        self.rank, self.world = rank, world
-        self.epoch = 0
+        self.rank, self.world, self.epoch = rank, world, 0
         if shuffle and (smallest := n // max(1, len(self))) < world:
             raise UserError(f"{world} processes share batches of {smallest} clips: start fewer, or raise --batch-size")
 
@@ -443,14 +424,10 @@ def read_table(path, header=None):
     return rows[1:] if header else rows
 
 
-def videos_in(folder):
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in CONTAINERS and p.is_file())
-
-
 def class_folders(root):
-    """[(video, class)] of root/<class>/*, if there is such a folder; hidden ones are passed over."""
-    folders = sorted(p for p in root.glob("[!.]*") if p.is_dir())
-    return [(video, folder.name) for folder in folders for video in videos_in(folder)]
+    """[(video, name of its folder)] of root/<folder>/*; hidden folders are passed over."""
+    files = sorted(p for p in root.glob("[!.]*/*") if p.suffix.lower() in CONTAINERS and p.is_file())
+    return [(path, path.parent.name) for path in files]
 
 
 def read_labels(path):
@@ -514,7 +491,7 @@ def split_by_video(videos, seed):
 
 
 def refuse_twins(train, others):
-    """UserError if one of the files `others` is also in `train`, by its place or by its content."""
+    """UserError if one of the files `others` has the same content as one of `train`."""
     by_size = {}
     for path in train:
         by_size.setdefault(path.stat().st_size, []).append(path)
@@ -525,10 +502,9 @@ def refuse_twins(train, others):
 
 
 def check_files(paths, all_times, quiet):
-    """Probe all files in parallel -> ({path: (seconds, height, width, times)}, {path: a sentence on what is wrong}).
+    """`probe` all files in parallel -> ({path: what it returned}, {path: a sentence on what is wrong}).
 
-    times: of all frames in seconds, if asked for, else empty. What was found is remembered in the user's cache folder
-    until the size or the time of the file change.
+    What was found is remembered in the user's cache folder until the size or the time of the file change.
     """
     store = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "exercise_videos.json"
     try:
@@ -542,7 +518,7 @@ def check_files(paths, all_times, quiet):
             stat = path.stat()
             key = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {all_times}"
             if key not in known:
-                known[key] = *probe(path), frame_times(path).round(6).tolist() if all_times else []
+                known[key] = probe(path, all_times)
             good[path] = known[key]
         except (UserError, OSError) as error:
             bad[path] = str(error)
@@ -589,7 +565,7 @@ class ExerciseVideoDataModule:
             self.notes.append(f"{root} holds class folders in train and val")
             return {part: class_folders(root / part) for part in PARTS}
         if (root / "videos").is_dir() and (root / "labels").is_dir():
-            for video in videos_in(root / "videos"):
+            for video in (path for path, folder in class_folders(root) if folder == "videos"):
                 if (table := root / "labels" / f"{video.stem}.csv").is_file():
                     self.frame_labels[video] = read_labels(table)
                 else:
@@ -628,21 +604,21 @@ class ExerciseVideoDataModule:
             if path not in checked:
                 continue
             seconds, height, width, times = checked[path]
-            stretches, labels = [(name, 0.0, seconds)], self.frame_labels.get(path)
+            labels, found = self.frame_labels.get(path), [(name, 0.0, seconds)]
             if labels is not None:
-                stretches = windows(labels, times, self.clip_len, self.clip_fps)
+                found = windows(labels, times, self.clip_len, self.clip_fps)
                 if abs(len(labels) - len(times)) > 0.01 * len(times):
                     self.notes.append(f"{path} has {len(times)} frames and {len(labels)} labels: is it the right file?")
-            for label, start, end in stretches:
+            for label, start, end in found:
+                if label == -1 and not self.background_ratio:
+                    continue
                 name = self.names.get(str(label), str(label))
-                if label == -1:
-                    background.append(Segment(path, 0, start, end, height, width))
-                elif name in self.classes:
-                    segments.append(Segment(path, self.classes.index(name), start, end, height, width))
-                else:
+                if name not in self.classes:
                     raise UserError(f"{path} in {part} has the class {name}, which no video to train on has")
+                segment = Segment(path, self.classes.index(name), start, end, height, width)
+                (background if label == -1 else segments).append(segment)
         if background:
-            n = max(int(self.background_ratio > 0), round(self.background_ratio * len(background)))
+            n = max(1, round(self.background_ratio * len(background)))
             self.notes.append(f"{part}: {len(segments)} windows of exercises, {n} of {len(background)} of none kept")
             segments += random.Random(f"{self.seed} {part}").sample(background, n)
         return sorted(segments)
@@ -675,12 +651,12 @@ class ExerciseVideoDataModule:
         if misfit := sum((w > h) != (W > H) for w, h in shapes if W != H and w != h):
             kind = "landscape" if W < H else "portrait"
             self.notes.append(f"{misfit} of {len(shapes)} videos are {kind}, which {W}x{H} cuts: try --size {H}x{W}")
-        options = {"size": self.size, "clip_len": self.clip_len, "clip_fps": self.clip_fps}
+        common = {"size": self.size, "clip_len": self.clip_len, "clip_fps": self.clip_fps,
+                  "clips_per_video": self.clips_per_video}  # fmt: skip
         debug_dir = Path("debug_output") if self.debug else None
-        self.train_set = ExerciseVideoDataset(segments["train"], training=True, debug_dir=debug_dir, **options)
-        options["clips_per_video"] = self.clips_per_video
-        self.val_set = ExerciseVideoDataset(segments["val"], **options)
-        self.test_set = ExerciseVideoDataset(segments["test"], **options) if segments["test"] else None
+        self.train_set = ExerciseVideoDataset(segments["train"], **common, training=True, debug_dir=debug_dir)
+        self.val_set = ExerciseVideoDataset(segments["val"], **common)
+        self.test_set = ExerciseVideoDataset(segments["test"], **common) if segments["test"] else None
         budget = int(1e9 * self.cache_gb)
         self.train_set.keep_in_memory(budget - self.val_set.keep_in_memory(budget))
 

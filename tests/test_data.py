@@ -522,11 +522,16 @@ def test_labels_that_can_not_be_used_are_explained(tmp_path):
     (tmp_path / "split.csv").write_text("id,split\na,train\nb,train\nc,val\n")
     with pytest.raises(UserError, match="class 7 .* lasts for 2 s"):  # an exercise of 5 frames
         module(tmp_path)
+    for name in "ab":
+        (tmp_path / "labels" / f"{name}.csv").write_text("".join(f"{i + 1},{1 + i // 60}\n" for i in range(120)))
+    with pytest.raises(UserError, match="c.mp4 in val has the class no_exercise"):
+        module(tmp_path)
+    assert module(tmp_path, background_ratio=0).classes == ["1", "2"]
 
 
 def test_a_second_start_reads_no_video_again(clips, monkeypatch, tmp_path):
     first, read = module(clips), []
-    monkeypatch.setattr(Dataset, "probe", lambda path: read.append(path.name) or (1.0, 48, 96))
+    monkeypatch.setattr(Dataset, "probe", lambda path, _: read.append(path.name) or (1.0, 48, 96, []))
     assert module(clips).train_set.segments == first.train_set.segments and not read
     os.utime(clips / "squat" / "s1.mp4")
     module(clips)
