@@ -1,4 +1,4 @@
-"""Videos to batches: decode -> transform -> sample by time -> batch -> find and label the files; and the demo data set.
+"""Videos to batches: decode -> transform -> sample -> batch; then where the files are, and the demo data set.
 
     data = ExerciseVideoDataModule("my_videos", size=(300, 400))     # my_videos/<class>/*.mp4
     data.setup()
@@ -11,7 +11,6 @@ converting to float first made the augmentation 3.5 times slower. Sizes are (W, 
 
 import csv
 import filecmp
-import gzip
 import json
 import math
 import os
@@ -19,11 +18,11 @@ import random
 import shutil
 import signal
 import sys
-import zlib
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # a broken file is reported by us, once, in one sentence
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
@@ -50,21 +49,18 @@ class UserError(Exception):
 
 
 class VideoReader:
-    """Frames of a file one after the other, each with its own presentation time. Raises UserError naming the file.
+    """Frames of a file one after the other; `time` is that of the grabbed one in seconds. UserError names the file.
 
-    Nothing in the header is believed: frame counts, rates and sizes there are wrong in many real files, and a seek may
-    land on another frame than asked for. `time` is the time in seconds of the frame that was grabbed last.
+    Nothing in the header is believed: frame counts, rates and sizes there are wrong in many real files.
     """
 
     def __init__(self, path, threads=1):
         self.path = Path(path)
         if not self.path.is_file():
             raise UserError(f"{path} does not exist or is not a file")
-        if self.path.stat().st_size == 0:
-            raise UserError(f"{path} is empty (0 bytes)")
         self.cap = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, threads])
         if not self.cap.isOpened():
-            raise UserError(f"{path} can't be opened as a video (damaged, or not a video)")
+            raise UserError(f"{path} can't be opened as a video (empty, damaged, or not a video)")
         fps = self.cap.get(cv2.CAP_PROP_FPS)
         self.fps = fps if 1 <= fps <= 240 else 30.0  # a hint: for writing, and for frames that carry no time
         self.time = -1 / self.fps
@@ -96,51 +92,42 @@ class VideoReader:
         self.__init__(self.path)
 
 
-def probe(path):
-    """(duration in seconds = time of the last frame that decodes, height, width); UserError if there is none."""
+def probe(path, all_times=False):
+    """(seconds until the last frame that decodes, height, width, times of all if asked for). UserError if none does."""
     video = VideoReader(path)
     if not video.grab():
         raise UserError(f"{path} holds no frame that can be decoded")
     height, width = video.frame().shape[:2]
-    seconds = video.cap.get(cv2.CAP_PROP_FRAME_COUNT) / video.fps
-    if seconds > 20:  # jump near the end that the header promises; where that fails the whole file is read
+    times, seconds = [video.time], video.cap.get(cv2.CAP_PROP_FRAME_COUNT) / video.fps
+    if seconds > 20 and not all_times:  # near the end that the header promises; where that fails all is read
         video.jump_before(seconds - 1)
     while video.grab():
-        pass
-    return max(video.time, 0.0), height, width
-
-
-def frame_times(path):
-    """The time in seconds of every frame, float64 (n,): one pass over the file that converts none of them."""
-    video, times = VideoReader(path), []
-    while video.grab():
         times.append(video.time)
-    return np.array(times)
+    return max(video.time, 0.0), height, width, np.round(times, 6).tolist() if all_times else []
 
 
 def read_frames(path, times, source=None, part=None):
-    """For each of `times` (ascending, seconds) the first frame that starts then or later -> uint8 (T, C, H, W).
+    """For each of `times` (ascending, seconds) the first frame that starts then or later -> uint8 (T, C, H, W), RGB.
 
-    RGB, whole, or of frames of the size `source` the central `part`, both (rows, columns). The memory is that of
-    stacked images (channels innermost), which is what v2.Resize works fastest on. Raises UserError if the file ends
-    more than half a second before the last of the times, or if a frame has another size.
+    Whole, or of frames of the size `source` the central `part`, both (rows, columns). Channels are innermost in memory,
+    on which v2.Resize is fastest. UserError if the file ends over 0.5 s before the last time or changes its frame size.
     """
-    video, frames, fresh = VideoReader(path), None, True
+    video, frames, taken = VideoReader(path), None, None
     if times[0] > 3:
         video.jump_before(times[0])
     alive = video.grab()
     for k, time in enumerate(times):
         while alive and video.time < time - 0.001:
-            alive, fresh = video.grab(), True
+            alive = video.grab()
         if not alive and (k == 0 or time > video.time + 0.5):
             raise UserError(f"{path} ends at {max(video.time, 0):.2f} s, before {time:.2f} s: it changed or is damaged")
-        if not alive or not fresh:
+        if not alive or video.time == taken:
             frames[k] = frames[k - 1]
             continue
-        image, fresh = video.frame(), False
+        image, taken = video.frame(), video.time
         source = source or image.shape[:2]
         if image.shape[:2] != source:
-            raise UserError(f"{path} has another frame size at {video.time:.2f} s than before")
+            raise UserError(f"{path} has another frame size at {taken:.2f} s than before")
         rows, columns = part or source
         y, x = (source[0] - rows) // 2, (source[1] - columns) // 2
         frames = np.empty((len(times), rows, columns, 3), np.uint8) if frames is None else frames
@@ -153,19 +140,14 @@ def read_frames(path, times, source=None, part=None):
 
 def cover(height, width, size):
     """(h, w) in pixels: the smallest frame of the same aspect that covers `size` = (W, H)."""
-    W, H = size
-    if width <= height:
-        w = max(W, -(-H * width // height))
-        return w * height // width, w
-    h = max(H, -(-W * height // width))
-    return h, h * width // height
+    if width > height:
+        return cover(width, height, size[::-1])[::-1]
+    w = max(size[0], -(-size[1] * width // height))
+    return w * height // width, w
 
 
 def kept(height, width, size, margin=1.25):
-    """(h, w) of that frame after a cut to at most `margin` times the target's sides.
-
-    The cut keeps the random crop of a wide video near its middle, where people stand.
-    """
+    """(h, w): `cover`, cut to `margin` times the target: random crops stay near the middle, where people stand."""
     h, w = cover(height, width, size)
     return min(h, int(size[1] * margin)), min(w, int(size[0] * margin))
 
@@ -177,10 +159,7 @@ def needed(height, width, size):
 
 
 def resize(frames, size, source=None):
-    """uint8 (T, C, height, width) -> (T, C, h, w): `cover`, then the central `kept` part of it.
-
-    `source`: the (height, width) of which the frames are the `needed` middle.
-    """
+    """uint8 (T, C, height, width), or the `needed` middle of frames of the size `source` -> (T, C, *kept)."""
     height, width = source or frames.shape[-2:]
     (h, w), inner, part = cover(height, width, size), kept(height, width, size), needed(height, width, size)
     sides = [max(inner[0], round(part[0] * h / height)), max(inner[1], round(part[1] * w / width))]
@@ -191,18 +170,15 @@ def resize(frames, size, source=None):
 class TrainTransform:
     """Random zoom and shift, mirror, tilt: one draw for all frames of a clip. uint8 (T, C, h, w) -> (T, C, H, W).
 
-    Draws and means what v2.RandomResizedCrop, v2.RandomHorizontalFlip and v2.RandomRotation do one after the other. But
-    the three are one affine map, and OpenCV makes one pass over the pixels where v2 makes several, some in float. Its
-    remap is faster than its warpAffine, because all frames share the work on the coordinates.
+    Draws and means what v2.RandomResizedCrop, v2.RandomHorizontalFlip and v2.RandomRotation do one after the other, but
+    in one pass over the pixels: the three are one affine map, whose coordinates all frames share.
     """
 
     def __init__(self, size):
         self.size, self.rotation = size, v2.RandomRotation(10)
         self.grey = [round(255 * m) for m in IMAGENET[0]]  # for corners that a rotation leaves empty: 0 to the network
-        W, H = size
-        self.places = np.stack(
-            np.meshgrid(np.arange(W) - (W - 1) / 2, np.arange(H) - (H - 1) / 2), -1, dtype=np.float32
-        )
+        rows, columns = np.indices(size[::-1], np.float32)
+        self.places = np.stack([columns - (size[0] - 1) / 2, rows - (size[1] - 1) / 2], -1)  # from the middle
 
     def __call__(self, frames):
         W, H = self.size
@@ -231,37 +207,27 @@ def normalize(clips, mean, std):
 # --------------------------------------------------------------------------------------------------------- dataset
 
 
-class Segment(NamedTuple):
-    """A stretch of a video with one label, from which clips are drawn. Times in seconds, sizes in pixels."""
-
-    path: Path
-    label: int
-    start: float
-    end: float
-    height: int
-    width: int
+# A stretch of a video from which clips are drawn: the number of its class, start and end in seconds, sides in pixels
+Segment = namedtuple("Segment", "path label start end height width")
 
 
 def shared_bytes(count):
-    """uint8 zeros (count,) that forked and spawned workers share.
+    """uint8 zeros (count,), at least one, that forked and spawned workers share.
 
-    On Linux it is memory without a name: a crash leaves no file behind, a small /dev/shm does not limit it, and pages
-    are taken only when something is written to them.
+    On Linux without a name: a crash leaves no file behind, and a small /dev/shm is no limit. Pages are taken when used.
     """
+    count = max(1, count)
     if not hasattr(os, "memfd_create"):
         return torch.zeros(count, dtype=torch.uint8).share_memory_()
-    fd = os.memfd_create("clips")
-    try:
-        os.ftruncate(fd, max(1, count))
-        block = torch.UntypedStorage._new_shared_fd_cpu(fd, max(1, count))  # what torch's own workers do with /dev/shm
-        return torch.empty(0, dtype=torch.uint8).set_(block)[:count]
-    finally:
-        os.close(fd)
+    with open(os.memfd_create("clips"), "wb") as file:
+        file.truncate(count)
+        block = torch.UntypedStorage._new_shared_fd_cpu(file.fileno(), count)  # as torch's workers do with /dev/shm
+    return torch.empty(0, dtype=torch.uint8).set_(block)
 
 
 def spread(room, count):
     """At most `count` starts from 0 to `room`, evenly apart, one of them in the middle: room // 2."""
-    starts = [round(room * k / (count - 1)) for k in range(count)] if count > 1 else [0]
+    starts = [round(room * k / max(1, count - 1)) for k in range(count)]
     starts[min(range(count), key=lambda k: abs(starts[k] - room // 2))] = room // 2
     return sorted(set(starts))
 
@@ -269,75 +235,68 @@ def spread(room, count):
 class ExerciseVideoDataset(Dataset):
     """Items: (clip, label, i); the clip is uint8 (T, C, H, W), `clip_len` frames on a time grid of `clip_fps`.
 
-    An item is asked for by its number i, or by (i, seed): then start and augmentation come from that seed alone, the
-    same in any process, and the global random state stays as it was.
+    An item is asked for by i, or by (i, seed): then start and augmentation come from that seed alone.
 
     Training: an item a segment, with random start and augmentation. Validation: `clips_per_video` items a segment,
     from its start to its end, cropped at the centre. A segment shorter than a clip is looped: holding its last frame
     would turn a squat into a held squat. `items` lists (number of the segment, first frame on the grid or None for a
-    random one, whether that is the clip in the middle). With `debug_dir` the first 10 samples are written there, before
-    and after augmentation.
+    random one, whether that is the clip in the middle). With `debug_dir` the first 10 samples are written there.
     """
 
     def __init__(self, segments, size, clip_len=16, clip_fps=8.0, training=False, debug_dir=None, clips_per_video=1):
         self.segments, self.size, self.clip_len, self.clip_fps = segments, size, clip_len, clip_fps
-        self.training, self.debug_dir, self.cache = training, debug_dir, {}
+        self.training, self.debug_dir, self.saved = training, debug_dir, 0
         self.transform = TrainTransform(size) if training else v2.CenterCrop((size[1], size[0]))
-        self.items = [(index, None, False) for index in range(len(segments))]
-        if not training:
-            rooms = [max(0, self.grid_len(index) - clip_len) for index in range(len(segments))]
-            self.items = [(index, start, start == room // 2) for index, room in enumerate(rooms)
-                          for start in spread(room, clips_per_video)]  # fmt: skip
-        self.saved = 0  # debug samples
+        self.items, self.cache = [], {}
+        for index in range(len(segments)):
+            room = max(0, len(self.file_grid(index)) - clip_len)
+            starts = [None] if training else spread(room, clips_per_video)
+            self.items += [(index, start, start == room // 2) for start in starts]
 
     def __len__(self):
         return len(self.items)
 
-    def grid_len(self, index):
-        """Number of frames of the time grid in a segment, at least 1."""
-        return int((self.segments[index].end - self.segments[index].start) * self.clip_fps + 1e-6) + 1
+    def file_grid(self, index):
+        """Numbers of a segment's frames on the time grid of its file, at least one."""
+        _, _, start, end, _, _ = self.segments[index]
+        first = round(start * self.clip_fps)
+        return range(first, first + int((end - start) * self.clip_fps + 1e-6) + 1)
 
     def keep_in_memory(self, budget):
         """Keep decoded and resized frames, as they come and before any augmentation, for all workers together.
 
         Files beyond `budget` bytes are decoded every time. Returns the number of bytes that may be taken.
         """
-        self.cache, grids, frames, filled = {}, {}, 0, 0
+        wanted, self.cache, used, slots = {}, {}, 0, 0
         for index, start, _ in self.items:
             s, grid = self.segments[index], self.file_grid(index)
             grid = grid if start is None else grid[start : start + self.clip_len]
-            grids.setdefault((s.path, *kept(s.height, s.width, self.size)), set()).update(grid.tolist())
-        for (path, h, w), grid in grids.items():
-            if frames + len(grid) * h * w * 3 > budget:
+            wanted.setdefault((s.path, *kept(s.height, s.width, self.size)), set()).update(grid)
+        for (path, h, w), grid in wanted.items():
+            count, nbytes = len(grid), 3 * h * w
+            if used + count * nbytes > budget:
                 break
-            slots = torch.zeros(max(grid) + 1, dtype=torch.int64)  # windows of a recording overlap or leave gaps
-            slots[sorted(grid)] = torch.arange(len(grid))
-            self.cache[path] = slots, (frames, len(grid), h, w, 3), filled
-            frames, filled = frames + len(grid) * h * w * 3, filled + len(grid)
-        self.frames, self.filled = shared_bytes(frames), shared_bytes(filled)
-        return frames
-
-    def file_grid(self, index):
-        """Numbers of a segment's frames on the time grid of its file."""
-        first = round(self.segments[index].start * self.clip_fps)
-        return torch.arange(first, first + self.grid_len(index))
+            self.cache[path] = {number: (used + k * nbytes, slots + k) for k, number in enumerate(sorted(grid))}
+            used, slots = used + count * nbytes, slots + count
+        self.frames, self.filled = shared_bytes(used), shared_bytes(slots)
+        return used
 
     def read(self, index, grid):
-        """Resized frames at the numbers `grid` (ascending) of a file's time grid -> uint8 (T, C, h, w)."""
-        path, _, _, _, height, width = self.segments[index]
+        """Resized frames at the neighbouring numbers `grid` of a file's time grid -> uint8 (T, C, h, w)."""
+        path, source = self.segments[index].path, self.segments[index][-2:]
         if path in self.cache:
-            slots, (start, *shape), first = self.cache[path]
-            slot = slots[grid[0]].item()  # neighbours on the grid are neighbours in the cache
-            frames = self.frames[start : start + math.prod(shape)].view(shape)[slot : slot + len(grid)]
-            filled = self.filled[first + slot : first + slot + len(grid)]
+            shape = len(grid), *kept(*source, self.size), 3
+            byte, slot = self.cache[path][grid[0]]  # neighbours on the grid are neighbours in the cache
+            cached = self.frames[byte : byte + math.prod(shape)].view(shape).permute(0, 3, 1, 2)
+            filled = self.filled[slot : slot + len(grid)]
             if filled.all():
-                return frames.permute(0, 3, 1, 2)
-        read = read_frames(path, (grid / self.clip_fps).tolist(), (height, width), needed(height, width, self.size))
-        read = resize(read, self.size, (height, width))
+                return cached
+        times = [number / self.clip_fps for number in grid]
+        frames = resize(read_frames(path, times, source, needed(*source, self.size)), self.size, source)
         if path in self.cache:
-            frames.copy_(read.permute(0, 2, 3, 1))
+            cached.copy_(frames)
             filled.fill_(1)  # last, for another worker may look
-        return read
+        return frames
 
     def __getitem__(self, item):
         if isinstance(item, tuple):
@@ -345,20 +304,20 @@ class ExerciseVideoDataset(Dataset):
                 torch.manual_seed(item[1])
                 return self[item[0]]
         index, start, _ = self.items[item]
-        n = self.grid_len(index)
+        grid = self.file_grid(index)
         if start is None:
-            start = int(torch.randint(max(0, n - self.clip_len) + 1, ()))
-        grid = self.file_grid(index)[start : start + self.clip_len]
-        frames = self.read(index, grid)
-        if n < self.clip_len:
-            frames = frames[torch.arange(self.clip_len) % n]
+            start = int(torch.randint(max(0, len(grid) - self.clip_len) + 1, ()))
+        frames = self.read(index, grid[start : start + self.clip_len])
+        if len(frames) < self.clip_len:
+            frames = frames[torch.arange(self.clip_len) % len(frames)]
         clip = self.transform(frames)
-        if self.debug_dir is not None and self.saved < 10:
+        if self.debug_dir and self.saved < 10:
             self._save_debug_sample(index, frames, clip)
         return clip, self.segments[index].label, item
 
     def _save_debug_sample(self, index, frames, clip):
         """Both videos, and a contact sheet with every second frame: above as read, below as trained on."""
+        self.debug_dir.mkdir(exist_ok=True)
         path, label, start, *_ = self.segments[index]
         stem = self.debug_dir / f"{self.saved:02d}_class{label}_{path.stem}_{start:g}s"
         self._save_debug_video(frames, f"{stem}_orig.mp4")
@@ -370,10 +329,7 @@ class ExerciseVideoDataset(Dataset):
         self.saved += 1
 
     def _save_debug_video(self, clip, path, mean=IMAGENET[0], std=IMAGENET[1]):
-        """Write a clip as mp4 (mp4v) in its true colours; UserError if that can't be done.
-
-        clip: uint8 (T, C, H, W), or normalised float32 (C, T, H, W), whose normalisation is inverted.
-        """
+        """Write uint8 (T, C, H, W), or normalised float32 (C, T, H, W) in its true colours, as mp4."""
         if clip.is_floating_point():
             clip = clip.transpose(0, 1) * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
             clip = (clip * 255).round().clamp(0, 255).to(torch.uint8)
@@ -398,16 +354,13 @@ def open_writer(path, fourcc, fps, size):
 class EpochBatches(Sampler):
     """Batches of one process of `world`, drawn anew in each `epoch`, which whoever trains sets before it starts.
 
-    Training (shuffle): lists of (i, seed) for `ExerciseVideoDataset`. The batches of an epoch differ by at most one
-    clip in size, so that none of a few clips spoils the batch norm, and each process takes its part of every one of
-    them. Validation: numbers i, of every world-th item. Over all processes each i comes once. Raises UserError if
-    there are more processes than clips in a batch.
+    Training (shuffle): lists of (i, seed), nearly equally long, so that no tiny batch spoils the batch norm; each
+    process takes its part of every one of them. Validation: lists of every world-th i.
     """
 
     def __init__(self, n, batch_size, seed, shuffle, rank=0, world=1):
         self.n, self.batch_size, self.seed, self.shuffle = n, batch_size, seed, shuffle
-        self.rank, self.world = rank, world
-        self.epoch = 0
+        self.rank, self.world, self.epoch = rank, world, 0
         if shuffle and (smallest := n // max(1, len(self))) < world:
             raise UserError(f"{world} processes share batches of {smallest} clips: start fewer, or raise --batch-size")
 
@@ -417,12 +370,13 @@ class EpochBatches(Sampler):
         return math.ceil(len(range(self.rank, self.n, self.world)) / max(1, self.batch_size // self.world))
 
     def __iter__(self):
+        items = list(range(self.rank, self.n, self.world))
         if self.shuffle:
             rng = random.Random(f"{self.seed} {self.epoch}")
             items = [(i, rng.getrandbits(63)) for i in rng.sample(range(self.n), self.n)]
-            return (share(share(items, k, len(self)), self.rank, self.world) for k in range(len(self)))
-        items = list(range(self.rank, self.n, self.world))
-        return (share(items, k, len(self)) for k in range(len(self)))
+        for k in range(len(self)):
+            batch = share(items, k, len(self))
+            yield share(batch, self.rank, self.world) if self.shuffle else batch
 
 
 def share(items, k, parts):
@@ -433,8 +387,7 @@ def share(items, k, parts):
 def collate(samples):
     """Samples -> clips uint8 (B, T, C, H, W) with channels innermost in memory, labels int64 (B,), items int64 (B,).
 
-    From a worker the clips travel in memory of `shared_bytes`: a batch of 16 at 300x400 is 92 MB, more than the 64 MB
-    that /dev/shm, where torch would put them, has in many containers.
+    Not by /dev/shm, which has 64 MB in many containers: a batch of 16 at 300x400 is 92 MB.
     """
     clips, labels, items = zip(*samples, strict=True)
     images = [clip.permute(0, 2, 3, 1) for clip in clips]
@@ -444,10 +397,7 @@ def collate(samples):
 
 
 def start_worker(_):
-    """Ctrl-C is for the main process, which ends the workers; without this each of them prints a traceback.
-
-    It ends them by a signal, after which they should still remove the temporary folder that torch made for them.
-    """
+    """Ctrl-C is for the main process; the workers, which it ends by a signal, still remove torch's temporary folder."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     torch.set_num_threads(1)
@@ -459,7 +409,7 @@ def start_worker(_):
 LAYOUTS = """{0}/<class>/<id>.mp4 (optionally with {0}/split.csv), or {0}/videos/<id>.mp4 with \
 {0}/labels/<id>.csv (in each line a frame's number first and its label last, -1 for no exercise)"""
 PARTS = "train", "val", "test"
-UNLABELLED = -(2**31)
+UNLABELLED = -2
 
 
 def read_table(path, header=None):
@@ -474,62 +424,10 @@ def read_table(path, header=None):
     return rows[1:] if header else rows
 
 
-def videos_in(folder):
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in CONTAINERS and p.is_file())
-
-
 def class_folders(root):
-    """[(video, class)] of root/<class>/*; hidden folders, and whatever else is there, are passed over."""
-    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    return [(video, folder.name) for folder in folders for video in videos_in(folder)]
-
-
-def recordings(root, notes):
-    """[(video, label of each frame)] of root/videos; one that has no file in root/labels is left out by a note."""
-    found = []
-    for video in videos_in(root / "videos"):
-        table = root / "labels" / f"{video.stem}.csv"
-        if table.is_file():
-            found.append((video, read_labels(table)))
-        else:
-            notes.append(f"left out: {video}, because there is no {table}")
-    return found
-
-
-def split_by_table(videos, path, notes):
-    """[(video, labels)] -> {part: [(video, labels)]} by a csv file of id,split; a note names what it lacks."""
-    table = {}
-    for name, part, *_ in read_table(path, ["id", "split"]):
-        if part not in PARTS:
-            raise UserError(f"{path} puts {name} into {part!r}, which is none of {', '.join(PARTS)}")
-        if table.setdefault(name, part) != part:
-            raise UserError(f"{path} puts {name} into both {table[name]} and {part}")
-    if missing := [video.name for video, _ in videos if video.stem not in table]:
-        notes.append(f"left out: {len(missing)} videos that {path} does not list: {', '.join(missing)}")
-    return {part: [video for video in videos if table.get(video[0].stem) == part] for part in PARTS}
-
-
-def split_by_video(videos, seed):
-    """[(video, labels)] -> (train, val): 20 %, but at least one of two, of each class, or of the recordings, to val."""
-    groups = {}
-    for path, labels in videos:
-        groups.setdefault(labels if isinstance(labels, str) else "", []).append(path)
-    val = set()
-    for name, paths in groups.items():
-        n_val = max(1, round(0.2 * len(paths))) if len(paths) > 1 else 0
-        val.update(random.Random(f"{seed} {name}").sample(paths, len(paths))[:n_val])
-    return [video for video in videos if video[0] not in val], [video for video in videos if video[0] in val]
-
-
-def refuse_twins(train, others):
-    """UserError if one of the files `others` is also in `train`, by its place or by its content."""
-    by_size = {}
-    for path in train:
-        by_size.setdefault(path.stat().st_size, []).append(path)
-    for path in others:
-        for twin in by_size.get(path.stat().st_size, []):
-            if path.samefile(twin) or filecmp.cmp(path, twin, shallow=False):
-                raise UserError(f"{path} is the same video as {twin}, which is trained on: remove one of the two")
+    """[(video, name of its folder)] of root/<folder>/*; hidden folders are passed over."""
+    files = sorted(p for p in root.glob("[!.]*/*") if p.suffix.lower() in CONTAINERS and p.is_file())
+    return [(path, path.parent.name) for path in files]
 
 
 def read_labels(path):
@@ -538,19 +436,19 @@ def read_labels(path):
         rows = np.array([(int(row[0]), int(row[-1])) for row in read_table(path)], dtype=np.int64).reshape(-1, 2)
     except (ValueError, OverflowError) as error:
         raise UserError(f"{path} should hold a frame number first and a label last in each line: {error}") from error
-    frames = rows[:, 0] - (1 if len(rows) and rows[0, 0] else 0)  # counted from 1, or from 0 if the file begins so
-    if len(rows) and not 0 <= frames.min() <= frames.max() < 1e8:
-        raise UserError(f"{path} holds frame numbers from {rows[:, 0].min()} to {rows[:, 0].max()}")
-    labels = np.full(frames.max(initial=-1) + 1, UNLABELLED)
-    labels[frames] = rows[:, 1]
-    return labels
+    frames, values = rows.T
+    if frames.min(initial=0) < 0 or frames.max(initial=0) > 1e8 or values.min(initial=0) < -1:
+        raise UserError(f"{path} should hold frame numbers from 0 or 1 to 1e8, and no label below -1")
+    labels = np.full(frames.max(initial=0) + 1, UNLABELLED)
+    labels[frames] = values
+    return labels if 0 in frames else labels[1:]  # counted from 0, or from 1
 
 
 def windows(labels, times, clip_len, clip_fps):
-    """[(first frame on the time grid, number of frames, label)] of windows that slide by half a clip.
+    """[(label, start, end)] in seconds of windows that slide by half a clip, from the label and the time of each frame.
 
-    labels, times (s): of each frame of the file. The label is that of the window's middle; where it holds for less than
-    60 % of the window, the window mixes two about equally and is left out.
+    The label is that of the window's middle; where it holds for less than 60 % of the window, the window mixes two
+    about equally and is left out.
     """
     moments = np.arange(int(times[-1] * clip_fps + 1e-6) + 1) / clip_fps
     frames = np.searchsorted(times, moments - 0.001)  # those that `read_frames` takes
@@ -560,65 +458,92 @@ def windows(labels, times, clip_len, clip_fps):
         inside = on_grid[first : first + clip_len]
         middle = inside[len(inside) // 2]
         if middle != UNLABELLED and (inside == middle).mean() >= 0.6:
-            found.append((first, len(inside), int(middle)))
+            found.append((int(middle), first / clip_fps, (first + len(inside) - 1) / clip_fps))
     return found
 
 
+def split_by_table(videos, path, seed, notes):
+    """[(video, class)] -> {part: [(video, class)]} by a csv file of id,split; notes name what it lacks."""
+    table = {}
+    for name, part, *_ in read_table(path, ["id", "split"]):
+        if part not in PARTS:
+            raise UserError(f"{path} puts {name} into {part!r}, which is none of {', '.join(PARTS)}")
+        if table.setdefault(name, part) != part:
+            raise UserError(f"{path} puts {name} into both {table[name]} and {part}")
+    if missing := [video.name for video, _ in videos if video.stem not in table]:
+        notes.append(f"left out: {len(missing)} videos that {path} does not list: {', '.join(missing)}")
+    parts = {part: [video for video in videos if table.get(video[0].stem) == part] for part in PARTS}
+    if not parts["val"]:
+        notes.append(f"{path} lists none for val: a fifth of those for train validate, drawn by the seed")
+        parts["train"], parts["val"] = split_by_video(parts["train"], seed)
+    return parts
+
+
+def split_by_video(videos, seed):
+    """[(video, class)] -> (train, val): 20 % of each class to val, but at least one of two."""
+    classes, val = {}, set()
+    for path, name in videos:
+        classes.setdefault(name, []).append(path)
+    for name, paths in classes.items():
+        n_val = max(1, round(0.2 * len(paths))) if len(paths) > 1 else 0
+        val.update(random.Random(f"{seed} {name}").sample(paths, len(paths))[:n_val])
+    return [video for video in videos if video[0] not in val], [video for video in videos if video[0] in val]
+
+
+def refuse_twins(train, others):
+    """UserError if one of the files `others` has the same content as one of `train`."""
+    by_size = {}
+    for path in train:
+        by_size.setdefault(path.stat().st_size, []).append(path)
+    for path in others:
+        for twin in by_size.get(path.stat().st_size, []):
+            if filecmp.cmp(path, twin, shallow=False):
+                raise UserError(f"{path} is the same video as {twin}, which is trained on: remove one of the two")
+
+
 def check_files(paths, all_times, quiet):
-    """{path: [*probe(path), times of all frames if asked for], or a sentence on what is wrong}, in parallel.
+    """`probe` all files in parallel -> ({path: what it returned}, {path: a sentence on what is wrong}).
 
     What was found is remembered in the user's cache folder until the size or the time of the file change.
     """
-    store = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "exercise_videos_1.json.gz"
+    store = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "exercise_videos.json"
     try:
-        with gzip.open(store, "rt") as file:
-            known = dict(json.load(file))
-    except (OSError, EOFError, ValueError, TypeError, zlib.error):  # none yet, or damaged
+        known = json.loads(store.read_text())
+    except (OSError, ValueError):  # none yet, or damaged
         known = {}
-    before = len(known)
+    before, good, bad = len(known), {}, {}
 
     def check(path):
         try:
             stat = path.stat()
             key = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {all_times}"
             if key not in known:
-                steps = np.diff(frame_times(path), prepend=0.0) if all_times else np.empty(0)
-                known[key] = [*probe(path), (1e6 * steps).round().astype(int).tolist()]  # so that gzip makes it small
-            *found, steps = known[key]
-            return [*found, np.cumsum(steps) / 1e6]
+                known[key] = probe(path, all_times)
+            good[path] = known[key]
         except (UserError, OSError) as error:
-            return str(error)
+            bad[path] = str(error)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        checks = tqdm(pool.map(check, paths), "checking videos", len(paths), unit="file", disable=quiet)
-        checked = dict(zip(paths, checks, strict=True))
+        list(tqdm(pool.map(check, paths), "checking videos", len(paths), unit="file", disable=quiet))
     if len(known) > before:
-        part = store.with_suffix(f".{os.getpid()}")
-        try:
+        with suppress(OSError):  # then the next start checks again
             store.parent.mkdir(parents=True, exist_ok=True)
-            with gzip.open(part, "wt") as file:
-                json.dump(known, file)
-            part.replace(store)
-        except OSError:  # the next start checks again
-            part.unlink(missing_ok=True)
-    return checked
+            store.write_text(json.dumps(known))
+    return good, dict(sorted(bad.items()))
 
 
 # ----------------------------------------------------------------------------------------------------- data module
 
 
 class ExerciseVideoDataModule:
-    """Finds the videos, checks them, splits them and makes the loaders.
+    """Finds the videos, checks them, splits them and makes the loaders. UserError if the folder can't be used.
 
-    Args:
-        data: folder as LAYOUTS says, or with DIR/train/<class> and DIR/val/<class>; "data/demo" is rendered if missing.
-        size: (W, H) of the clips in pixels. clip_len: frames. clip_fps: frames a second of the clip's time grid.
-        workers: loader processes; the seed's 4, none in debug mode.
-        cache_gb: RAM for decoded frames, in GB; 0, and debug mode, turn the cache off.
-        background_ratio: share of a recording set's windows without exercise that is kept, 0 to 1.
-        clips_per_video: clips of each video in validation. rank, world: which of how many training processes this is.
-    After `setup()`: `classes` (names), `train_set`, `val_set`, `test_set` (None if there is none), and `notes`
-    (sentences for the user, one for each bad file). Raises UserError if the folder can't be used.
+    data: folder as LAYOUTS says, or with DIR/train/<class> and DIR/val/<class>; "data/demo" is rendered if missing.
+    size: (W, H) of the clips in pixels. clip_len: frames. clip_fps: frames a second of the clip's time grid.
+    workers: loader processes. cache_gb: RAM for decoded frames, in GB. Both are 0 in debug mode.
+    background_ratio: share of a recording set's windows without exercise that is kept, 0 to 1.
+    clips_per_video: in validation. rank, world: which of how many training processes this is.
+    `setup()` sets `classes` (names), `train_set`, `val_set`, `test_set` (may be None) and `notes` (for the user).
     """
 
     def __init__(self, data="data/demo", size=(300, 400), clip_len=16, clip_fps=8.0, batch_size=16, workers=4,
@@ -626,118 +551,112 @@ class ExerciseVideoDataModule:
                  world=1):  # fmt: skip
         self.data, self.size, self.clip_len, self.clip_fps = Path(data), size, clip_len, clip_fps
         self.batch_size, self.debug, self.seed, self.background_ratio = batch_size, debug, seed, background_ratio
-        self.clips_per_video, self.rank, self.world, self.notes = clips_per_video, rank, world, []
+        self.clips_per_video, self.rank, self.world = clips_per_video, rank, world
         self.workers, self.cache_gb = (0, 0.0) if debug else (workers, cache_gb)
-        self.debug_dir = Path("debug_output") if debug else None
 
     def find_videos(self):
-        """{part: [(video, its class, or the label of each frame)]}; says in `notes` what was found."""
-        root = self.data
+        """{part: [(video, class)]}. Recordings have the class "" and their labels, one a frame, in `frame_labels`."""
+        root, self.frame_labels = self.data, {}
         if root == Path("data/demo") and not root.exists() and self.rank == 0:
             render_demo(root)
         if not root.is_dir():
             raise UserError(f"{root} is not a folder: --data takes {LAYOUTS.format(root)}")
         if (root / "train").is_dir() and (root / "val").is_dir():
             self.notes.append(f"{root} holds class folders in train and val")
-            return {part: class_folders(root / part) if (root / part).is_dir() else [] for part in PARTS}
+            return {part: class_folders(root / part) for part in PARTS}
         if (root / "videos").is_dir() and (root / "labels").is_dir():
-            videos = recordings(root, self.notes)
+            for video in (path for path, folder in class_folders(root) if folder == "videos"):
+                if (table := root / "labels" / f"{video.stem}.csv").is_file():
+                    self.frame_labels[video] = read_labels(table)
+                else:
+                    self.notes.append(f"left out: {video}, because there is no {table}")
+            videos = [(video, "") for video in self.frame_labels]
             count, kind = len(videos), "untrimmed recordings with labels"
         else:
             videos = class_folders(root)
             count, kind = len({name for _, name in videos}), "class folders with videos"
-        if count < 2:
-            raise UserError(
-                f"{root} holds {count} {kind} where at least 2 are needed: --data takes {LAYOUTS.format(root)}"
-            )
         self.notes.append(f"{root} holds {count} {kind}")
-        table, parts = root / "split.csv", {part: [] for part in PARTS} | {"train": videos}
+        if count < 2:
+            raise UserError(f"{self.notes[-1]} where at least 2 are needed: --data takes {LAYOUTS.format(root)}")
+        table = root / "split.csv"
         if table.is_file():
-            parts = split_by_table(videos, table, self.notes)
-            if not parts["val"]:
-                self.notes.append(f"{table} lists none for val: a fifth of those for train validate, drawn by the seed")
-        else:
-            self.notes.append(f"split by video: if one person is in several, keep them together by {table} (the line "
-                              "id,split, then lines of a name without .mp4 and train, val or test)")  # fmt: skip
-        if not parts["val"]:
-            parts["train"], parts["val"] = split_by_video(parts["train"], self.seed)
-        return parts
+            return split_by_table(videos, table, self.seed, self.notes)
+        self.notes.append(f"split by video: if one person is in several, keep them together by {table} (the line "
+                          "id,split, then lines of a name without .mp4 and train, val or test)")  # fmt: skip
+        return dict(zip(PARTS, (*split_by_video(videos, self.seed), []), strict=True))
+
+    def name_classes(self, train):
+        """Sets `classes`, those of [(video, class)] to train on, and `names`, of the labels of recordings."""
+        found, self.names, table = {name for _, name in train}, {}, self.data / "classes.csv"
+        if self.frame_labels:
+            rows = read_table(table, ["label", "name"]) if table.is_file() else []
+            self.names = {row[0]: row[1] for row in rows} | {"-1": "no_exercise"}
+            found = set().union(*(self.frame_labels[path].tolist() for path, _ in train)) - {UNLABELLED}
+            found -= set() if self.background_ratio else {-1}
+        self.classes = list(dict.fromkeys(self.names.get(str(label), str(label)) for label in sorted(found)))
+        if len(self.classes) < 2:
+            raise UserError(f"{self.data} has {len(self.classes)} classes to train where at least 2 are needed")
 
     def cut(self, part, videos, checked):
-        """Segments of those of [(video, labels)] that are not broken; their labels are as found."""
+        """Segments of those of [(video, class)] that can be read, with a share of the windows without exercise."""
         segments, background = [], []
-        for path, labels in videos:
-            if isinstance(checked[path], str):
+        for path, name in videos:
+            if path not in checked:
                 continue
             seconds, height, width, times = checked[path]
-            if isinstance(labels, str):
-                segments.append(Segment(path, labels, 0.0, seconds, height, width))
-                continue
-            if abs(len(labels) - len(times)) > 0.01 * len(times):
-                self.notes.append(
-                    f"{path} has {len(times)} frames and {len(labels)} labels: do the two belong together?"
-                )
-            for first, n, label in windows(labels, times, self.clip_len, self.clip_fps):
-                start, end = first / self.clip_fps, (first + n - 1) / self.clip_fps
-                (background if label == -1 else segments).append(Segment(path, label, start, end, height, width))
+            labels, found = self.frame_labels.get(path), [(name, 0.0, seconds)]
+            if labels is not None:
+                found = windows(labels, times, self.clip_len, self.clip_fps)
+                if abs(len(labels) - len(times)) > 0.01 * len(times):
+                    self.notes.append(f"{path} has {len(times)} frames and {len(labels)} labels: is it the right file?")
+            for label, start, end in found:
+                if label == -1 and not self.background_ratio:
+                    continue
+                name = self.names.get(str(label), str(label))
+                if name not in self.classes:
+                    raise UserError(f"{path} in {part} has the class {name}, which no video to train on has")
+                segment = Segment(path, self.classes.index(name), start, end, height, width)
+                (background if label == -1 else segments).append(segment)
         if background:
-            n = max(self.background_ratio > 0, round(self.background_ratio * len(background)))
+            n = max(1, round(self.background_ratio * len(background)))
             self.notes.append(f"{part}: {len(segments)} windows of exercises, {n} of {len(background)} of none kept")
             segments += random.Random(f"{self.seed} {part}").sample(background, n)
         return sorted(segments)
 
-    def label(self, segments, parts, bad):
-        """{part: segments with labels as found} -> segments of each part, with numbers of `classes`, which it sets."""
-        table = self.data / "classes.csv"
-        names = {row[0]: row[1] for row in read_table(table, ["label", "name"])} if table.is_file() else {}
-        names["-1"] = "no_exercise"
-        found = set().union(*([labels] if isinstance(labels, str) else labels.tolist() for _, labels in parts["train"]))
-        found -= {UNLABELLED} if self.background_ratio else {UNLABELLED, -1}
-        found = sorted(found, key=lambda label: (label != -1, label))
-        self.classes = list(dict.fromkeys(names.get(str(label), str(label)) for label in found))
-        if len(self.classes) < 2:
-            raise UserError(f"{self.data} has {len(self.classes)} class to train where at least 2 are needed")
-        numbered = {part: [] for part in PARTS}
-        for part in PARTS:
-            for segment in segments[part]:
-                if (name := names.get(str(segment.label), str(segment.label))) not in self.classes:
-                    raise UserError(f"{segment.path} in {part} has the class {name}, which no video to train on has")
-                numbered[part].append(segment._replace(label=self.classes.index(name)))
-            if parts[part] and not numbered[part]:
-                raise UserError(f"{self.data} has no video left for {part}: {'; '.join([*bad.values()][:3])}")
-        if lost := set(range(len(self.classes))) - {s.label for s in numbered["train"]}:
-            name = self.classes[min(lost)]
-            why = [reason for path, reason in bad.items() if path.parent.name == name][:3]
-            why = "; ".join(why) or f"in no recording that can be read it lasts for {self.clip_len / self.clip_fps:g} s"
-            raise UserError(f"{self.data} has no clip of class {name} left to train on: {why}")
-        if not numbered["val"]:
-            raise UserError(f"{self.data} leaves no video for validation: give each class at least 2 videos")
-        return numbered.values()
+    def refuse_gaps(self, parts, segments, bad):
+        """UserError if a class has no clip to train on, or a part that should have some has none."""
+        missing = set(self.classes) - {self.classes[s.label] for s in segments["train"]}
+        gaps = [f"class {name} to train on" for name in sorted(missing)]
+        gaps += [part for part in PARTS if not segments[part] and (parts[part] or part == "val")]
+        if gaps:
+            why = [bad[path] for path in sorted(bad, key=lambda path: path.parent.name not in missing)[:3]]
+            why += [f"a class takes 2 videos, and in recordings one that lasts for {self.clip_len / self.clip_fps:g} s"]
+            raise UserError(f"{self.data} has no clip left for {', '.join(gaps)}: {'; '.join(why)}")
 
     def setup(self):
         self.notes = []
         parts = self.find_videos()
-        if not (videos := sum(parts.values(), [])):
-            raise UserError(f"{self.data} has no video for train, val or test")
-        checked = check_files([path for path, _ in videos], not isinstance(videos[0][1], str), self.rank > 0)
-        bad = {path: reason for path, reason in checked.items() if isinstance(reason, str)}
+        paths = [path for videos in parts.values() for path, _ in videos]
+        checked, bad = check_files(paths, bool(self.frame_labels), quiet=self.rank > 0)
         self.notes += [f"left out: {reason}" for reason in bad.values()]
         if bad:
-            self.notes.append(f"{len(bad)} of {len(videos)} videos can't be read")
-        train, *others = ([path for path, _ in parts[part] if path not in bad] for part in PARTS)
+            self.notes.append(f"{len(bad)} of {len(paths)} videos can't be read")
+        train, *others = ([path for path, _ in parts[part] if path in checked] for part in PARTS)
         refuse_twins(train, sum(others, []))
-        train, val, test = self.label({part: self.cut(part, parts[part], checked) for part in PARTS}, parts, bad)
+        self.name_classes(parts["train"])
+        segments = {part: self.cut(part, parts[part], checked) for part in PARTS}
+        self.refuse_gaps(parts, segments, bad)
         W, H = self.size
-        shapes = {s.path: (s.width, s.height) for s in train + val + test}.values()
+        shapes = {s.path: (s.width, s.height) for part in PARTS for s in segments[part]}.values()
         if misfit := sum((w > h) != (W > H) for w, h in shapes if W != H and w != h):
             kind = "landscape" if W < H else "portrait"
             self.notes.append(f"{misfit} of {len(shapes)} videos are {kind}, which {W}x{H} cuts: try --size {H}x{W}")
-        if self.debug:
-            self.debug_dir.mkdir(exist_ok=True)
-        common = self.size, self.clip_len, self.clip_fps
-        self.train_set = ExerciseVideoDataset(train, *common, training=True, debug_dir=self.debug_dir)
-        self.val_set = ExerciseVideoDataset(val, *common, clips_per_video=self.clips_per_video)
-        self.test_set = ExerciseVideoDataset(test, *common, clips_per_video=self.clips_per_video) if test else None
+        common = {"size": self.size, "clip_len": self.clip_len, "clip_fps": self.clip_fps,
+                  "clips_per_video": self.clips_per_video}  # fmt: skip
+        debug_dir = Path("debug_output") if self.debug else None
+        self.train_set = ExerciseVideoDataset(segments["train"], **common, training=True, debug_dir=debug_dir)
+        self.val_set = ExerciseVideoDataset(segments["val"], **common)
+        self.test_set = ExerciseVideoDataset(segments["test"], **common) if segments["test"] else None
         budget = int(1e9 * self.cache_gb)
         self.train_set.keep_in_memory(budget - self.val_set.keep_in_memory(budget))
 
