@@ -450,7 +450,7 @@ def evidence(path, layers, draws=2):
         if not found["top-1"][-1]:
             continue
         exercise, person = segment.path.parent.name, int(segment.path.stem.removeprefix("person"))
-        first = max(0, data.val_set.grid_len(i) - len(clip)) // 2
+        first = max(0, len(data.val_set.file_grid(i)) - len(clip)) // 2
         frames = ((first + np.arange(len(clip))) / fps * 30).round().astype(int)
         masks = render_demo_video(exercise, person)[1][frames].astype(np.uint8)
         moved = np.abs(np.diff(masks.astype(int), axis=0, prepend=masks[:1])).sum((1, 2))[1:]
