@@ -1,6 +1,7 @@
 """Speed and memory of the network beside the same network in plain PyTorch. Run by hand; pytest does not.
 
     python tests/benchmark.py model      # training step and inference, seconds a clip and ratios; about 10 minutes
+    python tests/benchmark.py fresh      # the plain network alone, in a process whose allocator nobody touched
     python tests/benchmark.py memory     # bytes a clip in training, and the resident memory of a step
     python tests/benchmark.py copies     # copies of tensors in a step, and their share of the time
     python tests/benchmark.py scaling    # how the cost of a step grows with clips, pixels and frames
@@ -12,8 +13,9 @@
     python tests/benchmark.py evidence   # the maps of --checkpoint beside the figure's mask in data/demo; 10 minutes
 
 "plain" is the same table with nn.Conv3d everywhere in the default memory format: what public MobileNetV2-3D
-implementations are; on Linux with the allocator as PyTorch finds it, and ("kept") with freed memory kept, as
-SparseModel.py sets it. All run in turn in one process; figures are medians, with the smallest and largest behind them.
+implementations are; on Linux with glibc's own allocator settings put back, which undoes only a part (see `fresh`),
+and ("kept") with freed memory kept, as SparseModel.py sets it. All run in turn in one process; figures are medians,
+with the smallest and largest behind them.
 """
 
 import argparse
@@ -131,6 +133,28 @@ def model(device, rounds):
             calls = {name: lambda net=net, clip=clip: net(clip) for name, net in networks.items()}
             times = in_turn(calls, rounds, device)
         row(f"inference, {H}x{W}, {mode}, batch {batch}", batch, times)
+
+
+def fresh(rounds):
+    """Seconds a clip of the plain network in a process of its own, without the first lines of SparseModel.py."""
+    program = ("import sys, torch, torchvision; sys.platform, own = 'other', sys.platform; import SparseModel\n"
+               f"sys.platform = own; import benchmark; benchmark.alone({rounds})")  # fmt: skip
+    folders = Path(__file__).resolve().parents
+    path = os.pathsep.join(map(str, folders[:2]))
+    subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": path}, check=True)
+
+
+def alone(rounds):
+    for H, W, batch in ((400, 300, 2), (128, 128, 4)):
+        net, clip, times = plain(), torch.randn(batch, 3, 16, H, W), {"training step": [], "inference": []}
+        for _ in range(rounds + 1):
+            net.train()
+            times["training step"].append(seconds(lambda net=net, clip=clip: net(clip).sum().backward(), "cpu"))
+            with torch.inference_mode():
+                net.eval()
+                times["inference"].append(seconds(lambda net=net, clip=clip: net(clip), "cpu"))
+        for what, spent in times.items():
+            print(f"{what}, {H}x{W}, batch {batch}: {statistics.median(spent[1:]) / batch:.3f} s a clip", flush=True)
 
 
 def copies():
@@ -484,7 +508,8 @@ def evidence(path, layers, draws=2):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "what", choices="model memory copies scaling precision motion learning loader heatmap evidence peak".split()
+        "what",
+        choices="model fresh memory copies scaling precision motion learning loader heatmap evidence peak".split(),
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default: %(default)s)")
@@ -503,6 +528,7 @@ if __name__ == "__main__":
     else:
         parts = {
             "model": (args.device, args.rounds),
+            "fresh": (args.rounds,),
             "scaling": (args.device, args.rounds),
             "precision": (args.device,),
             "motion": (args.checkpoint,),
