@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-cv2.setNumThreads(0)  # OpenCV's own threads fight with the loader's workers and can hang after a fork
+cv2.setNumThreads(0)  # in workers too, which import or inherit this; torch itself gives each of them one thread
 
 CONTAINERS = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ts", ".gif"}
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std in RGB, for pixels in 0..1
@@ -319,7 +319,7 @@ class ExerciseVideoDataset(Dataset):
         """Both videos, and a contact sheet with every second frame: above as read, below as trained on."""
         self.debug_dir.mkdir(exist_ok=True)
         path, label, start, *_ = self.segments[index]
-        stem = self.debug_dir / f"{self.saved:02d}_class{label}_{path.stem}_{start:g}s"
+        stem = self.debug_dir / f"{self.saved:02d}_{path.parent.name}_{path.stem}_{start:g}s_class{label}"
         self._save_debug_video(frames, f"{stem}_orig.mp4")
         self._save_debug_video(normalize(clip[None], *IMAGENET)[0], f"{stem}_aug.mp4")  # as the network gets it
         rows = frames[::2], v2.functional.center_crop(clip, list(frames.shape[-2:]))[::2]
@@ -400,8 +400,6 @@ def start_worker(_):
     """Ctrl-C is for the main process; the workers, which it ends by a signal, still remove torch's temporary folder."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-    torch.set_num_threads(1)
-    cv2.setNumThreads(0)
 
 
 # ----------------------------------------------------------------------------------------------------------- layout
@@ -657,7 +655,7 @@ class ExerciseVideoDataModule:
         self.train_set = ExerciseVideoDataset(segments["train"], **common, training=True, debug_dir=debug_dir)
         self.val_set = ExerciseVideoDataset(segments["val"], **common)
         self.test_set = ExerciseVideoDataset(segments["test"], **common) if segments["test"] else None
-        budget = int(1e9 * self.cache_gb)
+        budget = int(1e9 * self.cache_gb) // self.world
         self.train_set.keep_in_memory(budget - self.val_set.keep_in_memory(budget))
 
     def class_weights(self):

@@ -92,7 +92,6 @@ def parse_args(argv=None):
         default=8.0,
         help="frames a second of a clip, whatever the file has",
     )
-    add("--clips-per-video", type=between(1), default=3, help="clips averaged for the accuracy of a video")
     add("--background-ratio", type=between(0, 1, float), default=0.3, help="recordings: share of no_exercise kept")
     add("--workers", type=between(0), default=4, help="loader processes; 0 in debug mode")
     add("--cache-gb", type=between(0, kind=float), default=memory, help="GB of RAM for decoded frames; 0 in debug mode")
@@ -140,6 +139,7 @@ def parse_args(argv=None):
                             f"{saved[name]}: leave the flag out, or choose another --checkpoint-dir")  # fmt: skip
     if args.debug:
         args.checkpoint_dir, args.epochs, args.workers, args.cache_gb = Path("debug_output"), 1, 0, 0.0
+        args.resume = False
     return args
 
 
@@ -324,8 +324,8 @@ def report(confusion, classes, stem):
 def find_data(args, rank, world):
     """The data module, set up: first by process 0, which renders the demo and remembers which videos are good."""
     data = ExerciseVideoDataModule(args.data, args.size, args.clip_len, args.clip_fps, args.batch_size, args.workers,
-                                   args.cache_gb, args.debug, args.seed, args.background_ratio, args.clips_per_video,
-                                   rank, world)  # fmt: skip
+                                   args.cache_gb, args.debug, args.seed, args.background_ratio, rank=rank,
+                                   world=world)  # fmt: skip
     if rank > 0:
         dist.barrier()
     data.setup()

@@ -471,6 +471,12 @@ def test_verdicts(deletion, insertion, r, words):
 # --------------------------------------------------------------------------------------------------------- picture
 
 
+def test_the_colormap_is_the_one_asked_for():
+    args = HeatMap.parse_args(["--video", "clip.mp4", "--colormap", "bone"])  # from black to white, by OpenCV's names
+    hottest = overlay(np.zeros((9, 9, 3), np.uint8), np.ones((9, 9)), palette(args.colormap, 1.0))
+    assert hottest.min() > 250 and HeatMap.parse_args(["--video", "clip.mp4"]).colormap == "turbo"
+
+
 def test_without_heat_the_picture_is_the_source_and_with_most_it_is_the_colour():
     picture = np.random.default_rng(0).integers(0, 256, (90, 70, 3), np.uint8)
     assert np.array_equal(overlay(picture, np.zeros((90, 70)), palette("turbo", 0.6)), picture)

@@ -102,7 +102,7 @@ def test_a_trained_backbone_learns_slower_than_the_new_head_and_norms_do_not_dec
     assert [rate(model.features[0][0].weight, t) for t in (False, True)] == [(1.0, 0.5), (0.1, 0.5)]
     assert [rate(model.features[0][1].weight, t) for t in (False, True)] == [(1.0, 0.0), (0.1, 0.0)]
     assert rate(model.classifier[1].weight, True) == (1.0, 0.5) and rate(model.classifier[1].bias, True) == (1.0, 0.0)
-    args.backbone_lr = 0.3
+    args.backbone_lr = Trainer.parse_args(["--backbone-lr", "0.3"]).backbone_lr
     assert rate(model.features[0][0].weight, False) == rate(model.features[0][0].weight, True) == (0.3, 0.5)
 
 
@@ -183,6 +183,21 @@ def test_frozen_stages_stay_as_they_are_to_the_last_bit(folder, tmp_path):
     trained = torch.load(tmp_path / "last.pt", weights_only=True)["model"]
     changed = {k for k, v in start.state_dict().items() if not torch.equal(v, trained[k])}
     assert all(k.startswith("classifier") for k in changed) and "classifier.1.bias" in changed
+
+
+def test_class_weights_are_said_and_used_and_deterministic_runs_agree(folder, tmp_path, capsys):
+    videos = shutil.copytree(folder, tmp_path / "videos")
+    (videos / "squat" / "0.mp4").unlink()
+    (videos / "squat" / "1.mp4").unlink()  # 4 planks and 2 squats to train: 6 / (2 * 4) and 6 / (2 * 2)
+    weights = []
+    for i, how in enumerate(("inverse", "inverse", "off")):
+        flags = ["--data", videos, "--class-weights", how, "--deterministic", "--checkpoint-dir", tmp_path / str(i)]
+        Trainer.main(Trainer.parse_args([*TINY, *map(str, flags), "--epochs", "1"]))
+        assert ("plank 0.75, squat 1.50" in capsys.readouterr().out) == (how == "inverse")
+        weights.append(torch.load(tmp_path / str(i) / "last.pt", weights_only=True)["model"])
+    assert torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    assert same(weights[0], weights[1]) and not same(weights[0], weights[2])
 
 
 def test_gradients_are_those_of_the_weighted_mean_loss():
@@ -345,6 +360,10 @@ def test_two_processes_train_like_one(folder, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------- the scripts as a whole
+
+
+def test_debug_never_goes_on_with_a_run():
+    assert Trainer.parse_args(["--debug", "True", "--resume"]).resume is False
 
 
 def test_debug_run_then_heatmap(folder, tmp_path):
