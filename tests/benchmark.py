@@ -13,13 +13,11 @@
     python tests/benchmark.py evidence   # the maps of --checkpoint beside the figure's mask in data/demo; 10 minutes
 
 "plain" is the same table with nn.Conv3d everywhere in the default memory format: what public MobileNetV2-3D
-implementations are; on Linux with glibc's own allocator settings put back, which undoes only a part (see `fresh`),
-and ("kept") with freed memory kept, as SparseModel.py sets it. All run in turn in one process; figures are medians,
-with the smallest and largest behind them.
+implementations are. All run in turn in one process, which keeps freed memory as SparseModel.py sets it (`fresh` runs
+the plain network without that); figures are medians, with the smallest and largest behind them.
 """
 
 import argparse
-import ctypes
 import importlib
 import os
 import resource
@@ -76,29 +74,14 @@ def seconds(function, device, clock=time.perf_counter):
     return clock() - start
 
 
-def allocator(name):
-    """Let glibc give large blocks back to the system, as it does by itself, or keep them, as SparseModel.py sets it."""
-    if sys.platform == "linux":
-        libc, default = ctypes.CDLL(None), name in ("plain", "straightforward", "grad-cam")
-        libc.mallopt(-3, 2**25 if default else 2**31 - 1)  # M_MMAP_THRESHOLD: 32 MB is glibc's own largest
-        libc.mallopt(-1, 2**26 if default else -1)  # M_TRIM_THRESHOLD: twice that
-        libc.malloc_trim(0) if default else None
-
-
 def in_turn(functions, rounds, device, clock=time.perf_counter):
-    """{name: seconds of each round}; the functions run one after the other in each round, after one to warm up.
-
-    Each is called twice, and the second call is timed: the first settles what the one before left in the allocator.
-    """
+    """{name: seconds of each round}; the functions run one after the other in each round, after one to warm up."""
     times = {name: [] for name in functions}
     for i in range(rounds + 1):
         for name, function in functions.items():
-            allocator(name)
-            function()
             spent = seconds(function, device, clock)
             if i:
                 times[name].append(spent)
-    allocator("ours")
     return times
 
 
@@ -111,15 +94,14 @@ def row(what, batch, times):
 
 def model(device, rounds):
     print(f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads, n = {rounds}, seconds a clip\n")
-    print("| 16 frames, HxW | plain | plain, kept | ours | ratio | ratio, kept |\n" + "| --- " * 6 + "|")
+    print("| 16 frames, HxW | plain | ours | ratio |\n" + "| --- " * 4 + "|")
     for mode, H, W, batch in [
         ("standard", 128, 128, 4), ("standard", 224, 224, 2), ("standard", 400, 300, 2), ("standard", 400, 300, 1),
         ("high_temporal", 128, 128, 4),
     ]:  # fmt: skip
         clip = torch.randn(batch, 3, 16, H, W, device=device)
         label = torch.randint(17, (batch,), device=device)
-        networks = {name: plain(mode).to(device) for name in ("plain", "kept")}
-        networks["ours"] = SparseModel(mode=mode).to(device)
+        networks = {"plain": plain(mode).to(device), "ours": SparseModel(mode=mode).to(device)}
 
         def step(net, clip=clip, label=label):
             net.zero_grad()
