@@ -21,6 +21,8 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.video import R3D_18_Weights, r3d_18
 
+from Dataset import UserError
+
 if sys.platform == "linux":
     # Keep freed memory for the next tensors. glibc gives blocks over 32 MB back to the system at once, and a training
     # step on the CPU then spends up to half its time on getting them back zeroed (measured: 1.1 to 0.6 s a clip).
@@ -294,3 +296,18 @@ def load_weights(model, name, weights):
     except (RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"the weights {weights} do not fit {name}: use --weights none or another file") from error
     return str(weights)
+
+
+def load_checkpoint(path):
+    """(model in eval mode, checkpoint dict as Trainer.py saved it). UserError if the file is something else."""
+    try:
+        checkpoint = read_state(path)
+        if checkpoint.get("format") != 1:
+            raise UserError(f"{path} is not a checkpoint of this version of Trainer.py: train again to make one")
+        model = build_model(checkpoint["model_name"], **checkpoint["model_args"])
+        model.load_state_dict(checkpoint["model"])
+    except OSError as error:
+        raise UserError(f"the checkpoint {path} can't be read: {error.strerror}") from error
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} is not a checkpoint of Trainer.py: {str(error).splitlines()[0]}") from error
+    return model.eval().requires_grad_(False), checkpoint

@@ -36,8 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from Dataset import IMAGENET, KINETICS, ExerciseVideoDataModule, UserError, free_memory, normalize, pick_device, share
-from HeatMap import load_checkpoint
-from SparseModel import MODELS, MODES, build_model, fold_batch_norm, kinetics_file, load_weights
+from SparseModel import MODELS, MODES, build_model, fold_batch_norm, kinetics_file, load_checkpoint, load_weights
 
 # Bytes a training step keeps for each pixel (T x H x W) of a clip, float32 on the CPU: tests/benchmark.py memory
 BYTES_PER_PIXEL = {"standard": 1700, "high_temporal": 2800, "pretrained_resnet": 2000}

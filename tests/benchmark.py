@@ -51,8 +51,8 @@ from Dataset import (
     normalize,
     render_demo_video,
 )
-from HeatMap import explain, load_checkpoint
-from SparseModel import Conv3d, SparseModel, build_model, fold_batch_norm
+from HeatMap import explain
+from SparseModel import Conv3d, SparseModel, build_model, fold_batch_norm, load_checkpoint
 
 
 def plain(mode="standard"):
@@ -461,18 +461,18 @@ def evidence(path, layers, draws=2):
         moved = np.abs(np.diff(masks.astype(int), axis=0, prepend=masks[:1])).sum((1, 2))[1:]
         kernel = np.ones([round(0.08 * masks.shape[1])] * 2, np.uint8)
         inside = np.stack([cv2.resize(cv2.dilate(m, kernel), size, interpolation=cv2.INTER_AREA) for m in masks]) > 0
-        lines = HeatMap.check(model, checkpoint, clips, layers, HeatMap.METHODS, [label])
-        maps, _ = explain(model, clips, layers, HeatMap.METHODS, [label])
+        lines = HeatMap.check(model, checkpoint, clips, layers, HeatMap.METHODS, label)
+        maps, _ = explain(model, clips, layers, HeatMap.METHODS, label)
         for row in rows:
-            heat = HeatMap.to_clip(maps[*row, label][0], clips.shape[2:]).relu().double().numpy()
+            heat = HeatMap.stretch(maps[row], clips.shape[2:])[0].relu().double().numpy()
             mine = [line for line in lines if line[:2] == row]
             found[row, "inside"].append((heat * inside).sum() / max(heat.sum(), 1e-30) / inside.mean())
             found[row, "points"].append(inside.flat[heat.argmax()])
             for test, sign in (("deletion", -1), ("insertion", 1)):
-                gain = [sign * (line[5] - line[6]) for line in mine if line[3] == test]
+                gain = [sign * (line[4] - line[5]) for line in mine if line[2] == test]
                 found[row, test].append(np.mean(gain) > 0)
-            for k, line in enumerate(line for line in mine if line[3] == "new weights"):
-                found[row, "new", k].append(line[5])
+            for k, line in enumerate(line for line in mine if line[2] == "new weights"):
+                found[row, "new", k].append(line[4])
             if not isinstance(DEMO_EXERCISES[exercise][3], tuple):
                 fast = moved >= np.median(moved)
                 heat = heat.sum((1, 2))[1:]

@@ -14,12 +14,11 @@ import pytest
 import torch
 from conftest import CLASSES, ROOT, lively, write_video
 from torch import nn
-from torchvision.transforms.v2.functional import center_crop
 
 import HeatMap
-from Dataset import ExerciseVideoDataset, Segment, UserError, cover, resize
-from HeatMap import METHODS, ahead, explain, explain_video, load_checkpoint, overlay, palette, positions, render
-from SparseModel import fold_batch_norm
+from Dataset import ExerciseVideoDataset, Segment, UserError
+from HeatMap import METHODS, ahead, explain, explain_video, overlay, render
+from SparseModel import fold_batch_norm, load_checkpoint
 
 NETWORKS = ["mobilenet_v2_3d", "pretrained_resnet"]
 CLIP_SHAPE = (2, 3, 8, 64, 96)  # maps of (1, 2, 3) and (1, 4, 6) cells at the last stages
@@ -41,9 +40,9 @@ def relative(a, b):
 
 def one(model, clips, layer, target, method):
     """(maps, logits) of a single stage, method and class."""
-    maps, logits = explain(model, clips, [layer], [method], [target])
-    assert list(maps) == [(layer, method, target)]
-    return maps[layer, method, target], logits
+    maps, logits = explain(model, clips, [layer], [method], target)
+    assert list(maps) == [(layer, method)]
+    return maps[layer, method], logits
 
 
 def stages(model):
@@ -105,19 +104,19 @@ def test_maps_equal_an_autograd_formula_at_every_stage(name, models, clips):
     model.zero_grad()
     for hook in hooks:
         hook.remove()
-    together, _ = explain(model, clips, stages(model), METHODS, [target])  # all stages in one pass
+    together, _ = explain(model, clips, stages(model), METHODS, target)  # all stages in one pass
     for layer, stage in model.features.named_children():
         A, G = kept[stage].detach(), kept[stage].grad
         expected = {
             "hirescam": torch.einsum("bcthw,bcthw->bthw", G, A),
             "gradcam": torch.einsum("bc,bcthw->bthw", G.sum((2, 3, 4)) / G[0, 0].numel(), A),
         }
-        alone, found = explain(model, clips, [layer], METHODS, [target])
+        alone, found = explain(model, clips, [layer], METHODS, target)
         for method in METHODS:
-            maps = alone[layer, method, target]
+            maps = alone[layer, method]
             assert maps.shape == A[:, 0].shape
             assert relative(maps, expected[method]) < 1e-5, (layer, method)
-            assert relative(together[layer, method, target], expected[method]) < 1e-5, (layer, method)
+            assert relative(together[layer, method], expected[method]) < 1e-5, (layer, method)
             assert relative(found, logits.detach()) < 1e-5
 
 
@@ -200,56 +199,33 @@ def test_model_is_left_as_found(clips, layer):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_several_classes_and_the_folded_network_give_the_same_maps(name, models, clips):
+def test_the_folded_network_gives_the_same_maps(name, models, clips):
     """At earlier stages a ReLU that rounding opens or shuts is 1 % of the gradient of maps as small as these."""
     layers = stages(models[name])[-3:]
-    maps, _ = explain(fold_batch_norm(models[name]), clips, layers, METHODS, [2, 0])
-    assert list(maps) == list(product(layers, METHODS, [2, 0]))
-    for row, found in maps.items():
-        assert relative(found, one(models[name], clips, row[0], row[2], row[1])[0]) < (
-            1e-4 if row[0] == layers[-1] else 0.03
-        ), row
+    maps, _ = explain(fold_batch_norm(models[name]), clips, layers, METHODS, 2)
+    assert list(maps) == list(product(layers, METHODS))
+    for (layer, method), found in maps.items():
+        bound = 1e-4 if layer == layers[-1] else 0.03
+        assert relative(found, one(models[name], clips, layer, 2, method)[0]) < bound, (layer, method)
 
 
 def test_without_targets_the_most_probable_class_of_the_batch_is_explained(models, clips):
     maps, logits = explain(models["mobilenet_v2_3d"], clips, ["18"], ["gradcam"])
     best = int(logits.softmax(1).sum(0).argmax())
-    assert list(maps) == [("18", "gradcam", best)]
+    assert torch.equal(maps["18", "gradcam"], one(models["mobilenet_v2_3d"], clips, "18", best, "gradcam")[0])
 
 
 # -------------------------------------------------------------------------------------------------------- geometry
 
 
-@pytest.mark.parametrize(("height", "width"), [(720, 1280), (1280, 720), (400, 300), (97, 129)])
-def test_positions_are_those_of_resize_and_crop(height, width):
-    size = 300, 400
-    rows, columns = np.mgrid[:height, :width]
-    ramps = np.stack([255 * columns / width, 255 * rows / height, 0 * rows]).astype(np.uint8)
-    seen = center_crop(resize(torch.from_numpy(ramps)[None], size), [400, 300])[0].double().numpy()
-    h, w = cover(height, width, size)
-    for n, covered, cells, ramp in ((width, w, 300, seen[0, 200]), (height, h, 400, seen[1, :, 150])):
-        at = positions(n, covered, cells)
-        inside = (at > 2) & (at < cells - 3)
-        ours = np.interp(at[inside], np.arange(cells), ramp) / 255 * n
-        assert ours == pytest.approx(np.arange(n)[inside], abs=max(3, n / 100))  # the ramp has 256 steps
-        assert ((at > -0.5) & (at < cells - 0.5)).mean() == pytest.approx(cells / covered, abs=2 / n)
-
-
-def test_cells_are_tiles_and_weights_sum_to_one():
-    """12 pixels, 3 cells: their centres lie between the pixels 1 and 2, 5 and 6, 9 and 10."""
-    weights = HeatMap.between(np.array([-3.0, 0.0, 1.5, 2.5, 3.5, 5.5, 9.5, 11.0]), 12, 3)
-    quarter = np.cos(np.pi / 8) ** 2
-    expected = [
-        [1, 0, 0],
-        [1, 0, 0],
-        [1, 0, 0],
-        [quarter, 1 - quarter, 0],
-        [0.5, 0.5, 0],
-        [0, 1, 0],
-        [0, 0, 1],
-        [0, 0, 1],
-    ]
-    assert np.allclose(weights, expected, atol=1e-6) and weights.dtype == np.float32
+def test_cells_are_tiles_of_the_clip():
+    """12 pixels, 3 cells: their centres lie between the pixels 1 and 2, 5 and 6, 9 and 10; linear between them."""
+    cells = torch.tensor([1.0, 5.0, -3.0])
+    expected = np.interp(np.arange(12), [1.5, 5.5, 9.5], cells)
+    for axis in range(3):
+        shape, full = [1, 1, 1], [1, 1, 1]
+        shape[axis], full[axis] = 3, 12
+        assert HeatMap.stretch(cells.view(1, *shape), full).flatten().tolist() == pytest.approx(expected.tolist())
 
 
 # ------------------------------------------------------------------------------------------------------- any video
@@ -274,10 +250,11 @@ class FindsBlue(nn.Module):
 
 SEES = {"clip_len": 8, "clip_fps": 8.0, "size": [48, 64], "mean": [0.0] * 3, "std": [1.0] * 3}
 LOOK = SimpleNamespace(alpha=1.0, colormap="hot", side_by_side=False, top_k=2)
+CPU = torch.device("cpu")
 
 
 def find_blue(path, **more):
-    given = {"layers": ["0"], "methods": ["hirescam"], "targets": [0], "device": "cpu", "stride": 4} | more
+    given = {"layers": ["0"], "methods": ["hirescam"], "target": 0, "device": CPU, "stride": 4} | more
     return explain_video(FindsBlue(), SEES, path, **given)
 
 
@@ -306,18 +283,16 @@ def test_planted_evidence_is_found_at_its_place_and_moment(tmp_path, height, wid
     if turned:
         turn(path)
     found = find_blue(path)
-    render(path, tmp_path / "out.mp4", found, SEES["size"], ["blue", "red"], ["map"], LOOK)
+    render(path, tmp_path / "out.mp4", found, SEES["size"], ["blue", "red"], LOOK)
     (source, _), (out, _) = read_video(path), read_video(tmp_path / "out.mp4")
     h, w = source.shape[1:3]
     assert (h > w) == ((height > width) != turned) and len(out) == len(source) == 48
     assert out.shape[1] >= h and out.shape[2] == w + w % 2
     out = out[:, :h, :w]
     blue = source[22, :, :, 0] - source[22, :, :, 2] > 100
-    white = (out > 170).all(3)  # the hottest of this colour map
-    assert centre(white[22]) == pytest.approx(
-        centre(blue), abs=6
-    )  # half a cell is 3 to 4 pixels, the codec has blocks of 8
-    heat = white.sum((1, 2))
+    hot = out[..., 1] > 128  # the upper half of this colour map, from red over yellow to white
+    assert centre(hot[22]) == pytest.approx(centre(blue), abs=6)  # half a cell is 3 to 4 pixels, codec blocks 8
+    heat = hot.sum((1, 2))
     assert np.average(np.arange(48), weights=heat) == pytest.approx(22, abs=2)
     assert heat[:14].max() == heat[31:].max() == 0
 
@@ -325,8 +300,7 @@ def test_planted_evidence_is_found_at_its_place_and_moment(tmp_path, height, wid
 def test_what_the_network_can_not_see_is_dimmed_and_the_rest_is_the_source(tmp_path):
     grey = np.full((12, 96, 192, 3), 150, np.uint8)  # 72 of 192 columns are seen
     write_video(tmp_path / "grey.avi", grey, 16, "MJPG")
-    render(tmp_path / "grey.avi", tmp_path / "o.mp4", find_blue(tmp_path / "grey.avi"), SEES["size"], ["b", "r"],
-           ["map"], LOOK)  # fmt: skip
+    render(tmp_path / "grey.avi", tmp_path / "o.mp4", find_blue(tmp_path / "grey.avi"), SEES["size"], ["b", "r"], LOOK)
     row = read_video(tmp_path / "o.mp4")[0][5, 40, :192].mean(1)
     assert row[:56] == pytest.approx(50, abs=8) and row[-56:] == pytest.approx(50, abs=8)
     assert row[64:-64] == pytest.approx(150, abs=8)
@@ -340,7 +314,7 @@ def test_windows_cross_fade_with_squared_sines(tmp_path, monkeypatch, n, stride)
 
     def fake(model, clips, *_):
         maps = torch.stack([torch.full((4, 2, 2), float(next(count) % 2)) for _ in clips])
-        return {("0", "hirescam", 0): maps}, torch.zeros(len(clips), 2)
+        return {("0", "hirescam"): maps}, torch.zeros(len(clips), 2)
 
     monkeypatch.setattr(HeatMap, "explain", fake)
     found = find_blue(tmp_path / "v.avi", stride=stride)
@@ -349,11 +323,12 @@ def test_windows_cross_fade_with_squared_sines(tmp_path, monkeypatch, n, stride)
     for row, start in zip(weights, starts, strict=True):
         row[start : start + 8] = np.sin((np.arange(8) + 0.5) / 8 * np.pi)[: n - start] ** 2
     expected = weights[1::2].sum(0) / weights.sum(0)
-    assert found.maps[0].shape == (n, 2, 2) and found.maps[0].dtype == np.float32
-    assert found.maps[0][:, 1, 1] == pytest.approx(expected, abs=1e-5)
+    maps = found.maps["0", "hirescam"]
+    assert maps.shape == (n, 2, 2) and maps.dtype == np.float32
+    assert maps[:, 1, 1] == pytest.approx(expected, abs=1e-5)
     assert found.moments.tolist() == [(start + (min(n, 8) - 1) / 2) / 8 for start in starts]
     if stride == 4:
-        assert abs(np.diff(found.maps[0][:, 0, 0])).max() < 0.4  # nothing jumps
+        assert abs(np.diff(maps[:, 0, 0])).max() < 0.4  # nothing jumps
 
 
 def test_window_in_the_middle_is_the_clip_that_the_trainer_validates(tmp_path):
@@ -369,10 +344,11 @@ def test_the_class_explained_is_the_one_of_the_whole_video(tmp_path, monkeypatch
     frames[:8, 10:40] = (60, 60, 250)
     frames[8:, 10:40] = (250, 60, 60)
     write_video(tmp_path / "v.avi", frames, 8, "MJPG")
-    monkeypatch.setattr(HeatMap, "clips_at_once", lambda shape: 1)
-    found = find_blue(tmp_path / "v.avi", targets=[], stride=8)
-    assert found.scores.argmax(1).tolist() == [1, 0, 0, 0, 0] and found.rows == [("0", "hirescam", 0)]
-    assert found.maps[0][:6].max() < found.maps[0][12:].min(axis=0).max()
+    monkeypatch.setattr(HeatMap, "clips_at_once", lambda *_: 1)
+    found = find_blue(tmp_path / "v.avi", target=None, stride=8)
+    assert found.scores.argmax(1).tolist() == [1, 0, 0, 0, 0] and found.target == 0
+    maps = found.maps["0", "hirescam"]
+    assert maps[:6].max() < maps[12:].min(axis=0).max()
 
 
 def test_items_come_ahead_in_order_with_their_error():
@@ -460,7 +436,7 @@ def test_renewed_network_keeps_the_first_stages_and_the_trained_network(checkpoi
     ],
 )
 def test_verdicts(deletion, insertion, r, words):
-    lines = [("1", "gradcam", 0, *rest) for rest in (("deletion", 0.1, *deletion), ("insertion", 0.1, *insertion),
+    lines = [("1", "gradcam", *rest) for rest in (("deletion", 0.1, *deletion), ("insertion", 0.1, *insertion),
              ("new weights", 3, r, r))]  # fmt: skip
     sentences = list(HeatMap.verdicts(lines, "name"))
     assert len(sentences) == 2
@@ -473,17 +449,17 @@ def test_verdicts(deletion, insertion, r, words):
 
 def test_the_colormap_is_the_one_asked_for():
     args = HeatMap.parse_args(["--video", "clip.mp4", "--colormap", "bone"])  # from black to white, by OpenCV's names
-    hottest = overlay(np.zeros((9, 9, 3), np.uint8), np.ones((9, 9)), palette(args.colormap, 1.0))
+    hottest = overlay(np.zeros((9, 9, 3), np.uint8), np.ones((9, 9)), 1.0, args.colormap)
     assert hottest.min() > 250 and HeatMap.parse_args(["--video", "clip.mp4"]).colormap == "turbo"
 
 
 def test_without_heat_the_picture_is_the_source_and_with_most_it_is_the_colour():
     picture = np.random.default_rng(0).integers(0, 256, (90, 70, 3), np.uint8)
-    assert np.array_equal(overlay(picture, np.zeros((90, 70)), palette("turbo", 0.6)), picture)
+    assert np.array_equal(overlay(picture, np.zeros((90, 70)), 0.6, "turbo"), picture)
     hottest = cv2.applyColorMap(np.array([[255]], np.uint8), cv2.COLORMAP_TURBO)[0, 0].astype(int)
-    out = overlay(picture, np.ones((90, 70)), palette("turbo", 0.6)).astype(int)
+    out = overlay(picture, np.ones((90, 70)), 0.6, "turbo").astype(int)
     assert abs(out - (0.4 * picture + 0.6 * hottest)).max() <= 1.5
-    grey = overlay(np.full((9, 9, 3), 128, np.uint8), np.ones((9, 9)), palette("turbo", 0.6))[4, 4].astype(int)
+    grey = overlay(np.full((9, 9, 3), 128, np.uint8), np.ones((9, 9)), 0.6, "turbo")[4, 4].astype(int)
     assert grey[2] > grey[1] + 50 and grey[2] > grey[0] + 50  # red: BGR is not mixed up
 
 
@@ -599,47 +575,26 @@ def test_video_shorter_than_a_clip_and_odd_sizes(tmp_path, checkpoints, heatmap,
     assert cv2.imread(str(output.with_suffix(".png"))) is not None
 
 
-@pytest.mark.parametrize("suffix", [".gif", ".webp"])
-def test_animations_are_bounded_and_play_at_the_right_pace(tmp_path, checkpoints, heatmap, suffix):
-    write_video(tmp_path / "clip.mp4", moving_square(60, 384, 256), fps=30)
-    output = tmp_path / f"out{suffix}"
-    code, _, stderr = heatmap(
-        "--video", tmp_path / "clip.mp4", "--checkpoint", checkpoints[NETWORKS[0]], "--output", output
-    )
-    assert code == 0, stderr
-    ok, animation = cv2.imreadanimation(str(output))
-    assert ok and len(animation.frames) == 20 and max(animation.frames[0].shape) == 480
-    assert np.sum(animation.durations) == pytest.approx(2000, abs=100)
-
-
 def test_numbers_are_the_signed_maps_and_their_times(tmp_path, checkpoints, heatmap):
     write_video(tmp_path / "clip.mp4", moving_square(30), fps=16)  # 15 frames of the grid: one window, looped
     output, path = tmp_path / "out.mp4", checkpoints[NETWORKS[0]]
-    args = [
-        "--layer",
-        "features.3,features.13",
-        "--method",
-        "gradcam,hirescam",
-        "--target-class",
-        "squat,plank",
-        "--npy",
-    ]
-    code, stdout, stderr = heatmap("--video", tmp_path / "clip.mp4", "--checkpoint", path, "--output", output, *args)
+    code, _, stderr = heatmap("--video", tmp_path / "clip.mp4", "--checkpoint", path, "--output", output, "--npy",
+        "--layer", "features.3,features.13", "--method", "gradcam,hirescam", "--target-class", "plank")  # fmt: skip
     assert code == 0, stderr
     assert cv2.imread(str(output.with_suffix(".png"))) is not None
     model, checkpoint = load_checkpoint(path)
     folded = fold_batch_norm(model)
     ((_, clip, real),) = HeatMap.read_windows(tmp_path / "clip.mp4", checkpoint["size"], 16, 8.0, 8)
-    together, _ = explain(folded, HeatMap.to_network([clip], checkpoint, "cpu"), ["3", "13"], METHODS, [2, 1])
+    together, _ = explain(folded, HeatMap.to_network([clip], checkpoint, "cpu"), ["3", "13"], METHODS, 1)
     with np.load(tmp_path / "out.npz") as saved:
-        assert len(saved.files) == 9 and saved["times"].dtype == np.float32
+        assert len(saved.files) == 5 and saved["times"].dtype == np.float32
         assert saved["times"] == pytest.approx(np.arange(real) / 8)
-        for layer, method, (target, name) in product(("3", "13"), METHODS, ((2, "squat"), (1, "plank"))):
-            maps, expected = saved[f"features.{layer} {method} {name}"], together[layer, method, target][0]
+        for layer, method in product(("3", "13"), METHODS):
+            maps, expected = saved[f"features.{layer} {method} plank"], together[layer, method][0]
             assert maps.dtype == np.float32 and maps.shape == (real, *expected.shape[1:])
             k = len(expected)
             distance = abs(((np.arange(real) + 0.5) * k / 16 - 0.5).clip(0, k - 1)[:, None] - np.arange(k))
-            weights = torch.from_numpy(np.cos(np.pi / 2 * distance.clip(0, 1)) ** 2).float()
+            weights = torch.from_numpy(1 - distance.clip(0, 1)).float()
             assert relative(torch.from_numpy(maps), torch.einsum("tk,khw->thw", weights, expected)) < 1e-4
 
 
@@ -718,7 +673,7 @@ def damaged(folder, checkpoints, kind):
         ("--stride", "17", ["--stride 17", "16"]),
         ("--stride", "0", ["--stride 0"]),
         ("--top-k", "-1", ["--top-k -1"]),
-        ("--output", "out.xyz", ["out.xyz", ".webm", ".mp4", ".gif", ".webp"]),
+        ("--output", "out.xyz", ["out.xyz", ".webm", ".mp4"]),
         ("--output", "missing/out.mp4", ["missing"]),
         ("--output", "folder.mp4", ["folder.mp4"]),
         ("--output", "clip.mp4", ["clip.mp4"]),  # the source itself
@@ -746,7 +701,7 @@ def test_error_of_the_real_process_is_one_line_and_exit_code_2(tmp_path):
     (tmp_path / "text.mp4").write_text("these are words\n" * 99)
     command = [sys.executable, "HeatMap.py", "--video", str(tmp_path / "text.mp4")]
     done = subprocess.run([*command, "--checkpoint", "x.pt"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "text.mp4" in done.stderr
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "x.pt" in done.stderr
 
 
 def test_checkpoint_round_trip_gives_the_same_logits(checkpoints, models, clips):

@@ -18,8 +18,7 @@ from torchvision.models.video import r3d_18
 
 import Trainer
 from Dataset import UserError
-from HeatMap import load_checkpoint
-from SparseModel import VideoClassifier, build_model
+from SparseModel import VideoClassifier, build_model, load_checkpoint
 
 TINY = ["--size", "32x48", "--clip-len", "4", "--batch-size", "4", "--workers", "0", "--device", "cpu"]
 
