@@ -25,7 +25,6 @@ from itertools import product
 from pathlib import Path
 
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # a broken file is reported by us, once, in one sentence
-os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
 
 import cv2
 import numpy as np
@@ -34,6 +33,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 cv2.setNumThreads(0)  # in workers too, which import or inherit this; torch itself gives each of them one thread
 
 CONTAINERS = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ts", ".gif"}
@@ -342,7 +342,12 @@ class ExerciseVideoDataset(Dataset):
 
 def open_writer(path, fourcc, fps, size):
     """A cv2.VideoWriter for frames of `size` = (W, H) that is known to be open; UserError naming the path if not."""
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*fourcc), fps, size)
+    stderr = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:  # where OpenCV remarks that VP8 has another tag, though the file is right
+        os.dup2(nowhere.fileno(), 2)
+        writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*fourcc), fps, size)
+    os.dup2(stderr, 2)
+    os.close(stderr)
     if not writer.isOpened():
         raise UserError(f"{path} can't be written as video: check that the folder exists and may be written to")
     return writer

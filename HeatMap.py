@@ -533,7 +533,7 @@ def explain_file(video, output, model, checkpoint, layers, methods, target, devi
     found = explain_video(model, checkpoint, video, layers, methods, target, device, stride)
     probabilities = found.scores.mean(0)
     lines = [f"{classes[i]} {probabilities[i]:.0%}" for i in probabilities.argsort()[::-1][: args.top_k]]
-    print(f"{video}: {', '.join(lines)} (mean over {len(found.scores)} windows)")
+    print(f"{video}: {', '.join(lines)} (mean of {len(found.scores)} windows)")
     for (layer, method), maps in found.maps.items():
         print(f"features.{layer} {method}: {maps.shape[2]}x{maps.shape[1]} cells (WxH), values from {maps.min():.3g} "
               f"to {maps.max():.3g} for {classes[found.target]}")  # fmt: skip

@@ -533,7 +533,7 @@ def test_script_writes_a_video_like_its_source(tmp_path, video, checkpoints, nam
     output = tmp_path / f"why{suffix}"
     command = [sys.executable, "HeatMap.py", "--video", video, "--checkpoint", checkpoints[name], "--output", output]
     done = subprocess.run([*map(str, command), *more], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "OpenCV" not in done.stderr, done.stderr
     assert all(word in done.stdout for word in (more[1], str(output), *CLASSES))
     frames, fps = read_video(output)
     assert frames.shape[::2] == (39, width) and frames.shape[1] > 96 and fps == pytest.approx(15, abs=0.1)
@@ -697,11 +697,14 @@ def test_error_is_one_sentence_and_leaves_nothing_behind(tmp_path, video, checkp
     assert {p: p.stat().st_size for p in tmp_path.rglob("*")} == before
 
 
-def test_error_of_the_real_process_is_one_line_and_exit_code_2(tmp_path):
-    (tmp_path / "text.mp4").write_text("these are words\n" * 99)
-    command = [sys.executable, "HeatMap.py", "--video", str(tmp_path / "text.mp4")]
-    done = subprocess.run([*command, "--checkpoint", "x.pt"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "x.pt" in done.stderr
+def test_error_of_the_real_process_is_one_line_and_exit_code_2(tmp_path, checkpoints):
+    """Without a remark by OpenCV, which logs on its own."""
+    (tmp_path / "empty.mp4").touch()
+    command = [sys.executable, "HeatMap.py", "--video", str(tmp_path / "empty.mp4")]
+    done = subprocess.run(
+        [*command, "--checkpoint", checkpoints[NETWORKS[0]]], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "empty.mp4" in done.stderr
 
 
 def test_checkpoint_round_trip_gives_the_same_logits(checkpoints, models, clips):
