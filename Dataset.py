@@ -342,12 +342,7 @@ class ExerciseVideoDataset(Dataset):
 
 def open_writer(path, fourcc, fps, size):
     """A cv2.VideoWriter for frames of `size` = (W, H) that is known to be open; UserError naming the path if not."""
-    stderr = os.dup(2)
-    with open(os.devnull, "wb") as nowhere:  # where OpenCV remarks that VP8 has another tag, though the file is right
-        os.dup2(nowhere.fileno(), 2)
-        writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*fourcc), fps, size)
-    os.dup2(stderr, 2)
-    os.close(stderr)
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*fourcc), fps, size)
     if not writer.isOpened():
         raise UserError(f"{path} can't be written as video: check that the folder exists and may be written to")
     return writer

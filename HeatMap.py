@@ -29,6 +29,7 @@ import os
 import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import chain, islice, product
 from pathlib import Path
 from typing import NamedTuple
@@ -428,6 +429,19 @@ def film_strip(moments, rows, what):
     return np.hstack([np.vstack([strip(0, "source", what), *strips[block::blocks]]) for block in range(blocks)])
 
 
+@contextmanager
+def quiet():
+    """OpenCV writes to the process's stderr that VP8 has another tag in WebM, though the file is right."""
+    stderr = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+
+
 def render(path, output, found, size, classes, args):
     """Write the video with its heat, encoded beside the drawing, and a film strip of eight moments as PNG."""
     video, seconds = VideoReader(path), len(next(iter(found.maps.values()))) / found.fps
@@ -436,7 +450,9 @@ def render(path, output, found, size, classes, args):
     try:
         frames = int(video.cap.get(cv2.CAP_PROP_FRAME_COUNT))
         for time, picture, panels in tqdm(pictures, "write", frames, leave=False, unit="frame"):
-            writer = writer or open_writer(part, CODECS[output.suffix], video.fps, picture.shape[1::-1])
+            if not writer:
+                with quiet():
+                    writer = open_writer(part, CODECS[output.suffix], video.fps, picture.shape[1::-1])
             writer.write(picture)
             if len(moments) < 8 and time >= (len(moments) + 0.5) / 8 * seconds - 1 / found.fps:
                 moments.append((time, panels))
