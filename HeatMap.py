@@ -58,17 +58,22 @@ DRAWS = 4  # of random regions and of re-initialised networks
 
 
 class Explanation(NamedTuple):
-    """What the network found for the class `target` in a video: N frames on the grid of `fps`, in M windows.
+    """What the network found for the class `target` in a video, in N frames of the time grid and M windows.
 
-    maps: {(layer, method): float32 (N, H', W'), signed and un-normalised}; moments: (M,) the middle of each window in
-    seconds; scores: (M, num_classes) its probabilities.
+    maps: {(layer, method): float32 (N, H', W'), signed and un-normalised}; times: (N,) of these frames in seconds;
+    moments: (M,) the middle of each window in seconds; scores: (M, num_classes) its probabilities.
     """
 
     target: int
     maps: dict
-    fps: float
+    times: np.ndarray
     moments: np.ndarray
     scores: np.ndarray
+
+
+def stage_names(model):
+    """["features.0", ...] from the first stage to the last; those of pretrained_resnet end in "layer4"."""
+    return [f"features.{name}" for name, _ in model.features.named_children()]
 
 
 def most_probable(logits):
@@ -83,11 +88,11 @@ def explain(model, clips, layers, methods, target=None):
     class's logit is asked for at the stages alone. The model is left as it was found.
 
     Args:
-        clips: float32 (B, 3, T, H, W), normalised. layers: names in model.features, such as "18" or "layer4".
-        methods: of METHODS. target: index of the class; None for the most probable one of the batch.
+        clips: float32 (B, 3, T, H, W), normalised. layers: of stage_names(model). methods: of METHODS.
+        target: index of the class; None for the most probable one of the batch.
     Returns {(layer, method): maps (B, T', H', W') at the stage's own resolution} and logits (B, num_classes), float32.
     """
-    names = [name for name, _ in model.features.named_children()]
+    names = stage_names(model)
     cut = min(names.index(layer) for layer in layers)
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -203,8 +208,9 @@ def explain_video(model, checkpoint, path, layers, methods, target, device, stri
         for (start, real), cells in zip(spans, parts, strict=True):
             mean[start : start + real] += (taper * stretch(cells[None], (T, *cells.shape[1:]))[0])[:real]
         maps[row] = (mean / weight).numpy()
+    times = np.arange(len(weight), dtype=np.float32) / np.float32(fps)
     moments = np.array([(start + (real - 1) / 2) / fps for start, real in spans])
-    return Explanation(chosen, maps, fps, moments, logits.softmax(1).numpy())
+    return Explanation(chosen, maps, times, moments, logits.softmax(1).numpy())
 
 
 # ----------------------------------------------------------------------------------------------------------- check
@@ -343,17 +349,17 @@ def draw_band(width, size, found, classes, args):
     for i, index in enumerate(shown):
         line = f"{classes[index]} {probabilities[index]:.0%}"
         paste(band, text(line, size, half, AMBER if index == found.target else WHITE), 0, i * step)
-    (layer, method), maps = next(iter(found.maps.items()))
     title = f"{len(found.maps)} maps, each from 0 to its most"
     if len(found.maps) == 1:
-        title = f"features.{layer} {method}, from 0 to {max(0, maps.max()):.3g}"
+        ((row, maps),) = found.maps.items()
+        title = f"{' '.join(row)}, from 0 to {max(0, maps.max()):.3g}"
     paste(band, text(title, size, width - half), half, 0)
     scale = np.linspace(0, 1, max(1, width - half - size))[None].repeat(size, 0)
     colours = overlay(np.full((*scale.shape, 3), 90, np.uint8), scale, args.alpha, args.colormap)
     paste(band, colours, half + size // 2, step + size // 4)
     x, y, w, h = box = size // 2, len(band) - 5 * size // 2, max(1, width - size), 2 * size
     band[y : y + h, x : x + w] = 48
-    score = np.interp(np.arange(w) / w * len(maps) / found.fps, found.moments, found.scores[:, found.target])
+    score = np.interp(np.linspace(0, found.times[-1], w), found.moments, found.scores[:, found.target])
     curve = np.stack([x + np.arange(w), y + (1 - score) * (h - 1)], 1)
     cv2.polylines(band, [(16 * curve).round().astype(np.int32)], False, AMBER, max(1, size // 10), cv2.LINE_AA, 4)
     return band, box
@@ -377,7 +383,7 @@ def draw(path, found, size, classes, args):
     """
     frames = ahead(read(path))
     first = next(frames)
-    names = [f"features.{layer} {method}" for layer, method in found.maps]
+    names = [" ".join(row) for row in found.maps]
     columns, h, w = arrange(len(names) + args.side_by_side, *first[1].shape[:2])
     sides = zip((h, w), cover(*first[1].shape[:2], size), size[::-1], strict=True)
     seen = [round(n * part / whole) for n, whole, part in sides]  # (rows, columns) in the middle
@@ -389,7 +395,7 @@ def draw(path, found, size, classes, args):
     canvas = np.full((-(-(rows * h + len(band)) // 2) * 2, -(-columns * w // 2) * 2, 3), DARK, np.uint8)
     for time, frame in chain([first], frames):
         source = frame if frame.shape[:2] == (h, w) else cv2.resize(frame, (w, h), interpolation=cv2.INTER_AREA)
-        at, panels = min(max(time * found.fps, 0), len(scaled[0]) - 1), [source]
+        at, panels = np.interp(time, found.times, np.arange(len(found.times))), [source]
         for maps in scaled:
             before, after = maps[int(at)], maps[math.ceil(at)]
             heat = cv2.resize(before + at % 1 * (after - before), seen[::-1])  # bilinear, cells are tiles
@@ -400,7 +406,7 @@ def draw(path, found, size, classes, args):
         for i, name in enumerate(names if len(names) > 1 else [], args.side_by_side):
             paste(canvas, text(name, letters, w), i % columns * w, i // columns * h)
         paste(canvas, band, 0, rows * h)
-        x = x0 + int(min(1, time * found.fps / len(scaled[0])) * (length - 1))
+        x = x0 + int(np.interp(time, [0, found.times[-1]], [0, length - 1]))
         cv2.line(canvas, (x, rows * h + y0), (x, rows * h + y0 + deep), WHITE, max(1, letters // 8))
         yield time, canvas.copy(), panels
 
@@ -425,7 +431,7 @@ def film_strip(moments, rows, what):
             paste(picture, text(f"{time:.1f} s", size, w), 0, h - 3 * size // 2)
         return np.hstack([label, *pictures])
 
-    strips = [strip(i, f"features.{layer}", method) for i, (layer, method) in enumerate(rows, 1)]
+    strips = [strip(i, *row) for i, row in enumerate(rows, 1)]
     return np.hstack([np.vstack([strip(0, "source", what), *strips[block::blocks]]) for block in range(blocks)])
 
 
@@ -444,7 +450,7 @@ def quiet():
 
 def render(path, output, found, size, classes, args):
     """Write the video with its heat, encoded beside the drawing, and a film strip of eight moments as PNG."""
-    video, seconds = VideoReader(path), len(next(iter(found.maps.values()))) / found.fps
+    video = VideoReader(path)
     part = output.with_name(f"{output.stem}.part{output.suffix}")  # the extension chooses the container
     pictures, moments, writer = ahead(draw(path, found, size, classes, args)), [], None
     try:
@@ -454,7 +460,7 @@ def render(path, output, found, size, classes, args):
                 with quiet():
                     writer = open_writer(part, CODECS[output.suffix], video.fps, picture.shape[1::-1])
             writer.write(picture)
-            if len(moments) < 8 and time >= (len(moments) + 0.5) / 8 * seconds - 1 / found.fps:
+            if len(moments) < 8 and time >= (len(moments) + 0.4) / 8 * found.times[-1]:
                 moments.append((time, panels))
         writer.release()
         os.replace(part, output)
@@ -534,43 +540,37 @@ def find_jobs(args):
     return jobs
 
 
-def results(output):
-    """Everything that is written for one video."""
-    return output, output.with_suffix(".png"), output.with_suffix(".npz"), output.with_name(f"{output.stem}_check.csv")
-
-
 def explain_file(video, output, model, checkpoint, layers, methods, target, device, args):
     if output.resolve() == video.resolve() or output.is_dir():
         raise UserError(f"{output} is a folder or the video itself: give --output another name")
-    if (there := [path for path in results(output) if path.exists()]) and not args.force:
+    numbers, verdict = output.with_suffix(".npz"), output.with_name(f"{output.stem}_check.csv")
+    paths = output, output.with_suffix(".png"), numbers, verdict
+    if (there := [path for path in paths if path.exists()]) and not args.force:
         raise UserError(f"{there[0]} exists: move it away, or overwrite it with --force")
     classes, size, T = checkpoint["classes"], checkpoint["size"], checkpoint["clip_len"]
     stride = args.stride or max(1, T // 2)
     found = explain_video(model, checkpoint, video, layers, methods, target, device, stride)
-    probabilities = found.scores.mean(0)
+    name, probabilities = classes[found.target], found.scores.mean(0)
     lines = [f"{classes[i]} {probabilities[i]:.0%}" for i in probabilities.argsort()[::-1][: args.top_k]]
     print(f"{video}: {', '.join(lines)} (mean of {len(found.scores)} windows)")
-    for (layer, method), maps in found.maps.items():
-        print(f"features.{layer} {method}: {maps.shape[2]}x{maps.shape[1]} cells (WxH), values from {maps.min():.3g} "
-              f"to {maps.max():.3g} for {classes[found.target]}")  # fmt: skip
-        if not maps.max() > 0:
-            print(f"there is no positive evidence for {classes[found.target]}, so this map is blank")
+    for row, maps in found.maps.items():
+        blank = "" if maps.max() > 0 else f": there is no positive evidence for {name}, so the map is blank"
+        cells = f"{maps.shape[2]}x{maps.shape[1]} cells (WxH)"
+        print(f"{' '.join(row)}: {cells}, values from {maps.min():.3g} to {maps.max():.3g} for {name}{blank}")
     render(video, output, found, size, classes, args)
     if args.npy:
-        times = np.arange(len(next(iter(found.maps.values()))), dtype=np.float32) / np.float32(found.fps)
-        named = {f"features.{' '.join(row)} {classes[found.target]}": maps for row, maps in found.maps.items()}
-        np.savez(results(output)[2], times=times, **named)
+        np.savez(numbers, times=found.times, **{" ".join((*row, name)): maps for row, maps in found.maps.items()})
     if args.check:
         few = set(np.linspace(0, len(found.moments) - 1, 4).round().astype(int).tolist())
         windows = enumerate(read_windows(video, size, T, checkpoint["clip_fps"], stride))
         clips = to_network([clip for i, (_, clip, _) in windows if i in few], checkpoint, device)
         table = check(model, checkpoint, clips, layers, methods, found.target)
         for row in found.maps:
-            print(*verdicts([line for line in table if line[:2] == row], f"features.{' '.join(row)}"), sep="\n")
-        with open(results(output)[3], "w", newline="") as file:
+            print(*verdicts([line for line in table if line[:2] == row], " ".join(row)), sep="\n")
+        with open(verdict, "w", newline="") as file:
             head = "class", "layer", "method", "test", "part", "value", "random"
-            csv.writer(file).writerows([head, *((classes[found.target], *line) for line in table)])
-    print(f"written {', '.join(str(path) for path in results(output) if path.exists())}")
+            csv.writer(file).writerows([head, *((name, *line) for line in table)])
+    print(f"written {', '.join(str(path) for path in paths if path.exists())}")
 
 
 def main(args):
@@ -584,10 +584,9 @@ def main(args):
         raise UserError(f"--stride {args.stride} is not between 1 and {checkpoint['clip_len']}, the length of a clip")
     device = pick_device(args.device)
     torch.backends.cudnn.allow_tf32 = False  # maps of the GPU are those of the CPU; TF32 keeps 3 digits a product
-    stages = [name for name, _ in model.features.named_children()]
-    listed = [f"features.{name}" for name in stages]
-    given = {"all": listed, None: listed[-1:]}.get(args.layer) or args.layer.split(",")
-    layers = [stages[choose(name, listed, "layer")] for name in given]
+    names = stage_names(model)
+    given = {"all": names, None: names[-1:]}.get(args.layer) or args.layer.split(",")
+    layers = [names[choose(name, names, "layer")] for name in given]
     target = choose(args.target_class, checkpoint["classes"], "class") if args.target_class else None
     model = fold_batch_norm(model).to(device)
     bad = 0

@@ -412,7 +412,7 @@ def heatmap(device, rounds, layer=13):
     inner = clips.contiguous(memory_format=torch.channels_last_3d)
     calls = {
         "straightforward": lambda: plain_maps(usual, layer, clips),
-        "ours": lambda: [explain(folded, clip, [str(layer)], ["hirescam"]) for clip in inner.split(1)],
+        "ours": lambda: [explain(folded, clip, [f"features.{layer}"], ["hirescam"]) for clip in inner.split(1)],
     }
     try:
         from pytorch_grad_cam import HiResCAM
@@ -516,6 +516,6 @@ if __name__ == "__main__":
             "motion": (args.checkpoint,),
             "loader": (args.data, args.rounds),
             "heatmap": (args.device, args.rounds),
-            "evidence": (args.checkpoint, args.layers.split(",")),
+            "evidence": (args.checkpoint, [f"features.{n}" for n in args.layers.split(",")]),
         }
         globals()[args.what](*parts.get(args.what, ()))

@@ -46,7 +46,7 @@ def one(model, clips, layer, target, method):
 
 
 def stages(model):
-    return [name for name, _ in model.features.named_children()]
+    return [f"features.{name}" for name, _ in model.features.named_children()]
 
 
 # ----------------------------------------------------------------------------------------------------- explanation
@@ -74,10 +74,10 @@ class ByHand(nn.Module):
 @pytest.mark.parametrize(
     ("layer", "method", "expected"),
     [
-        ("same", "hirescam", [1 * 1 - 6 * 3, 2 * 2 - 0 * 0]),  # gradients (1, 2) and (-6, 0)
-        ("same", "gradcam", [1.5 * 1 - 3 * 3, 1.5 * 2 - 3 * 0]),  # their means 1.5 and -3
-        ("square", "hirescam", [0.5 * 1 - 1 * 9, 0.5 * 4 - 1 * 0]),  # gradients 1/2 and -1 in both cells
-        ("square", "gradcam", [0.5 * 1 - 1 * 9, 0.5 * 4 - 1 * 0]),
+        ("features.same", "hirescam", [1 * 1 - 6 * 3, 2 * 2 - 0 * 0]),  # gradients (1, 2) and (-6, 0)
+        ("features.same", "gradcam", [1.5 * 1 - 3 * 3, 1.5 * 2 - 3 * 0]),  # their means 1.5 and -3
+        ("features.square", "hirescam", [0.5 * 1 - 1 * 9, 0.5 * 4 - 1 * 0]),  # gradients 1/2 and -1 in both cells
+        ("features.square", "gradcam", [0.5 * 1 - 1 * 9, 0.5 * 4 - 1 * 0]),
     ],
 )
 @pytest.mark.parametrize("axis", [2, 3, 4])
@@ -105,7 +105,7 @@ def test_maps_equal_an_autograd_formula_at_every_stage(name, models, clips):
     for hook in hooks:
         hook.remove()
     together, _ = explain(model, clips, stages(model), METHODS, target)  # all stages in one pass
-    for layer, stage in model.features.named_children():
+    for layer, stage in zip(stages(model), model.features, strict=True):
         A, G = kept[stage].detach(), kept[stage].grad
         expected = {
             "hirescam": torch.einsum("bcthw,bcthw->bthw", G, A),
@@ -151,7 +151,10 @@ def test_map_at_the_last_stage_sums_to_the_logit(name, last, models, clips):
         torch.testing.assert_close(maps.sum((1, 2, 3)) + bias, logits[:, target], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "earlier"), [("mobilenet_v2_3d", ["17", "13"]), ("pretrained_resnet", ["layer3"])])
+@pytest.mark.parametrize(
+    ("name", "earlier"),
+    [("mobilenet_v2_3d", ["features.17", "features.13"]), ("pretrained_resnet", ["features.layer3"])],
+)
 def test_methods_are_equal_at_the_last_stage_and_differ_before(name, earlier, models, clips):
     def both(layer):
         return [one(models[name], clips, layer, 2, method)[0] for method in METHODS]
@@ -162,23 +165,23 @@ def test_methods_are_equal_at_the_last_stage_and_differ_before(name, earlier, mo
 
 def test_map_is_that_of_the_logit_and_not_of_the_probability(clips):
     model = lively("mobilenet_v2_3d")
-    before, logits = one(model, clips, "13", 1, "hirescam")
+    before, logits = one(model, clips, "features.13", 1, "hirescam")
     model.classifier[1].bias.data += torch.tensor([5.0, 0.0, -3.0])
-    after, shifted = one(model, clips, "13", 1, "hirescam")
+    after, shifted = one(model, clips, "features.13", 1, "hirescam")
     assert torch.equal(before, after)
     torch.testing.assert_close(shifted - logits, torch.tensor([[5.0, 0.0, -3.0]] * 2))
 
 
 @pytest.mark.parametrize("caller", [torch.no_grad, torch.inference_mode])
 def test_frozen_parameters_and_callers_without_grad_get_the_same_map(caller, models, clips):
-    expected, logits = one(models["mobilenet_v2_3d"], clips, "13", 1, "gradcam")
+    expected, logits = one(models["mobilenet_v2_3d"], clips, "features.13", 1, "gradcam")
     model = lively("mobilenet_v2_3d").requires_grad_(False)
     with caller():
-        maps, found = one(model, clips * 1, "13", 1, "gradcam")
+        maps, found = one(model, clips * 1, "features.13", 1, "gradcam")
     assert torch.equal(maps, expected) and torch.equal(found, logits)
 
 
-@pytest.mark.parametrize("layer", ["13", "18", "unknown"])
+@pytest.mark.parametrize("layer", ["features.13", "features.18", "unknown"])
 def test_model_is_left_as_found(clips, layer):
     model = lively("mobilenet_v2_3d")
     model.train()
@@ -210,9 +213,11 @@ def test_the_folded_network_gives_the_same_maps(name, models, clips):
 
 
 def test_without_targets_the_most_probable_class_of_the_batch_is_explained(models, clips):
-    maps, logits = explain(models["mobilenet_v2_3d"], clips, ["18"], ["gradcam"])
+    maps, logits = explain(models["mobilenet_v2_3d"], clips, ["features.18"], ["gradcam"])
     best = int(logits.softmax(1).sum(0).argmax())
-    assert torch.equal(maps["18", "gradcam"], one(models["mobilenet_v2_3d"], clips, "18", best, "gradcam")[0])
+    assert torch.equal(
+        maps["features.18", "gradcam"], one(models["mobilenet_v2_3d"], clips, "features.18", best, "gradcam")[0]
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- geometry
@@ -254,7 +259,7 @@ CPU = torch.device("cpu")
 
 
 def find_blue(path, **more):
-    given = {"layers": ["0"], "methods": ["hirescam"], "target": 0, "device": CPU, "stride": 4} | more
+    given = {"layers": ["features.0"], "methods": ["hirescam"], "target": 0, "device": CPU, "stride": 4} | more
     return explain_video(FindsBlue(), SEES, path, **given)
 
 
@@ -314,7 +319,7 @@ def test_windows_cross_fade_with_squared_sines(tmp_path, monkeypatch, n, stride)
 
     def fake(model, clips, *_):
         maps = torch.stack([torch.full((4, 2, 2), float(next(count) % 2)) for _ in clips])
-        return {("0", "hirescam"): maps}, torch.zeros(len(clips), 2)
+        return {("features.0", "hirescam"): maps}, torch.zeros(len(clips), 2)
 
     monkeypatch.setattr(HeatMap, "explain", fake)
     found = find_blue(tmp_path / "v.avi", stride=stride)
@@ -323,7 +328,7 @@ def test_windows_cross_fade_with_squared_sines(tmp_path, monkeypatch, n, stride)
     for row, start in zip(weights, starts, strict=True):
         row[start : start + 8] = np.sin((np.arange(8) + 0.5) / 8 * np.pi)[: n - start] ** 2
     expected = weights[1::2].sum(0) / weights.sum(0)
-    maps = found.maps["0", "hirescam"]
+    maps = found.maps["features.0", "hirescam"]
     assert maps.shape == (n, 2, 2) and maps.dtype == np.float32
     assert maps[:, 1, 1] == pytest.approx(expected, abs=1e-5)
     assert found.moments.tolist() == [(start + (min(n, 8) - 1) / 2) / 8 for start in starts]
@@ -347,7 +352,7 @@ def test_the_class_explained_is_the_one_of_the_whole_video(tmp_path, monkeypatch
     monkeypatch.setattr(HeatMap, "clips_at_once", lambda *_: 1)
     found = find_blue(tmp_path / "v.avi", target=None, stride=8)
     assert found.scores.argmax(1).tolist() == [1, 0, 0, 0, 0] and found.target == 0
-    maps = found.maps["0", "hirescam"]
+    maps = found.maps["features.0", "hirescam"]
     assert maps[:6].max() < maps[12:].min(axis=0).max()
 
 
@@ -585,12 +590,14 @@ def test_numbers_are_the_signed_maps_and_their_times(tmp_path, checkpoints, heat
     model, checkpoint = load_checkpoint(path)
     folded = fold_batch_norm(model)
     ((_, clip, real),) = HeatMap.read_windows(tmp_path / "clip.mp4", checkpoint["size"], 16, 8.0, 8)
-    together, _ = explain(folded, HeatMap.to_network([clip], checkpoint, "cpu"), ["3", "13"], METHODS, 1)
+    together, _ = explain(
+        folded, HeatMap.to_network([clip], checkpoint, "cpu"), ["features.3", "features.13"], METHODS, 1
+    )
     with np.load(tmp_path / "out.npz") as saved:
         assert len(saved.files) == 5 and saved["times"].dtype == np.float32
         assert saved["times"] == pytest.approx(np.arange(real) / 8)
-        for layer, method in product(("3", "13"), METHODS):
-            maps, expected = saved[f"features.{layer} {method} plank"], together[layer, method][0]
+        for layer, method in product(("features.3", "features.13"), METHODS):
+            maps, expected = saved[f"{layer} {method} plank"], together[layer, method][0]
             assert maps.dtype == np.float32 and maps.shape == (real, *expected.shape[1:])
             k = len(expected)
             distance = abs(((np.arange(real) + 0.5) * k / 16 - 0.5).clip(0, k - 1)[:, None] - np.arange(k))
