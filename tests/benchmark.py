@@ -434,10 +434,10 @@ def heatmap(device, rounds, layer=13):
 def evidence(path, layers, draws=2):
     """For each layer and method, over the correctly classified validation clips of the demo (centred, as in training):
 
-    heat inside the figure (its mask dilated by 4 % of the height) over the figure's share of the area; pointing game:
-    the hottest point of the clip is inside; deletion and insertion: share of clips where ours beats random regions;
-    correlation with new weights from the top (mean over clips); time: heat in the half of the frames in which the
-    figure moves most over the heat in the other half, over classes that move.
+    heat inside the figure (its mask dilated by half a cell of the map) over the figure's share of the area; pointing
+    game: the hottest point of the clip is inside; deletion and insertion: share of clips where ours beats random
+    regions; correlation with new weights from the top (mean over clips); time: heat in the half of the frames in which
+    the figure moves most over the heat in the other half, over classes that move.
     """
     trained, checkpoint = load_checkpoint(path)
     model, size, fps = fold_batch_norm(trained), checkpoint["size"], checkpoint["clip_fps"]
@@ -459,13 +459,15 @@ def evidence(path, layers, draws=2):
         frames = ((first + np.arange(len(clip))) / fps * 30).round().astype(int)
         masks = render_demo_video(exercise, person)[1][frames].astype(np.uint8)
         moved = np.abs(np.diff(masks.astype(int), axis=0, prepend=masks[:1])).sum((1, 2))[1:]
-        kernel = np.ones([round(0.08 * masks.shape[1])] * 2, np.uint8)
-        inside = np.stack([cv2.resize(cv2.dilate(m, kernel), size, interpolation=cv2.INTER_AREA) for m in masks]) > 0
         lines = HeatMap.check(model, checkpoint, clips, layers, HeatMap.METHODS, label)
         maps, _ = explain(model, clips, layers, HeatMap.METHODS, label)
         for row in rows:
             heat = HeatMap.stretch(maps[row], clips.shape[2:])[0].relu().double().numpy()
             mine = [line for line in lines if line[:2] == row]
+            kernel = np.ones(np.divide(masks.shape[1:], maps[row].shape[2:]).round().astype(int), np.uint8)
+            inside = [cv2.resize(cv2.dilate(m, kernel), size, interpolation=cv2.INTER_AREA) for m in masks]
+            inside = np.stack(inside) > 0
+            found[row, "area"].append(inside.mean())
             found[row, "inside"].append((heat * inside).sum() / max(heat.sum(), 1e-30) / inside.mean())
             found[row, "points"].append(inside.flat[heat.argmax()])
             for test, sign in (("deletion", -1), ("insertion", 1)):
@@ -477,14 +479,19 @@ def evidence(path, layers, draws=2):
                 fast = moved >= np.median(moved)
                 heat = heat.sum((1, 2))[1:]
                 found[row, "time"].append(heat[fast].mean() / max(heat[~fast].mean(), 1e-30))
-    print(f"top-1 {sum(found['top-1'])}/{len(found['top-1'])}, the figure's area {inside.mean():.0%} in the last clip")
-    print("| layer | method | inside / area | points | deletion | insertion | correlation, new from the top | time |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    print(f"top-1 {sum(found['top-1'])}/{len(found['top-1'])}")
+    measures = ("area", "inside", "points", "deletion", "insertion")
+    print(
+        f"| layer | method | {' | '.join(measures)} | correlation, new from the top | time |"
+        + "\n"
+        + "| --- " * 9
+        + "|"
+    )
     for row in rows:
-        mean = {key: np.mean(found[row, key]) for key in ("inside", "points", "deletion", "insertion")}
-        new = ", ".join(f"{np.mean(found[row, 'new', k]):+.2f}" for k in range(4))
-        print(f"| {row[0]} | {row[1]} | {mean['inside']:.2f} | {mean['points']:.0%} | {mean['deletion']:.0%} | "
-              f"{mean['insertion']:.0%} | {new} | {np.median(found[row, 'time']):.2f} |", flush=True)  # fmt: skip
+        area, inside, *shares = (np.mean(found[row, key]) for key in measures)
+        cells = [*row, f"{area:.0%}", f"{inside:.2f}", *(f"{share:.0%}" for share in shares)]
+        cells.append(", ".join(f"{np.mean(found[row, 'new', k]):+.2f}" for k in range(4)))
+        print(f"| {' | '.join(cells)} | {np.median(found[row, 'time']):.2f} |", flush=True)
 
 
 if __name__ == "__main__":
@@ -502,7 +509,7 @@ if __name__ == "__main__":
     parser.add_argument("--size", default="300x400", help="WxH of one process of `memory` (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=1, help="of one process of `memory` (default: %(default)s)")
     parser.add_argument("--data", default="data/demo", help="folder with videos of `loader` (default: %(default)s)")
-    parser.add_argument("--layers", default="3,6,10,13,18", help="of `evidence` (default: %(default)s)")
+    parser.add_argument("--layers", default="2,4,6,10,18", help="stages of `evidence` (default: %(default)s)")
     args = parser.parse_args()
     if args.what == "peak":
         width, height = map(int, args.size.split("x"))
