@@ -36,7 +36,16 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from Dataset import IMAGENET, KINETICS, ExerciseVideoDataModule, UserError, free_memory, normalize, pick_device, share
-from SparseModel import MODELS, MODES, build_model, fold_batch_norm, kinetics_file, load_checkpoint, load_weights
+from SparseModel import (
+    MODELS,
+    MODES,
+    build_model,
+    fold_batch_norm,
+    keep_freed_memory,
+    kinetics_file,
+    load_checkpoint,
+    load_weights,
+)
 
 # Bytes a training step keeps for each pixel (T x H x W) of a clip, float32 on the CPU: tests/benchmark.py memory
 BYTES_PER_PIXEL = {"standard": 1700, "high_temporal": 2800, "pretrained_resnet": 2000}
@@ -404,6 +413,7 @@ def gradients(net, to_logits, criterion, clips, labels, micro_batch, scale, scal
 
 
 def main(args):
+    keep_freed_memory()
     rank, world, device = start_processes(args)
     say, folder, last = print if rank == 0 else lambda *_: None, args.checkpoint_dir, args.checkpoint_dir / "last.pt"
     torch.manual_seed(args.seed)

@@ -13,8 +13,8 @@
     python tests/benchmark.py evidence   # the maps of --checkpoint beside the figure's mask in data/demo; 10 minutes
 
 "plain" is the same table with nn.Conv3d everywhere in the default memory format: what public MobileNetV2-3D
-implementations are. All run in turn in one process, which keeps freed memory as SparseModel.py sets it (`fresh` runs
-the plain network without that); figures are medians, with the smallest and largest behind them.
+implementations are. All run in turn in one process, which keeps freed memory as Trainer.py does (`fresh`, `heatmap`
+and `evidence` do not); figures are medians, with the smallest and largest behind them.
 """
 
 import argparse
@@ -52,7 +52,7 @@ from Dataset import (
     render_demo_video,
 )
 from HeatMap import explain
-from SparseModel import Conv3d, SparseModel, build_model, fold_batch_norm, load_checkpoint
+from SparseModel import Conv3d, SparseModel, build_model, fold_batch_norm, keep_freed_memory, load_checkpoint
 
 
 def plain(mode="standard"):
@@ -118,12 +118,9 @@ def model(device, rounds):
 
 
 def fresh(rounds):
-    """Seconds a clip of the plain network in a process of its own, without the first lines of SparseModel.py."""
-    program = ("import sys, torch, torchvision; sys.platform, own = 'other', sys.platform; import SparseModel\n"
-               f"sys.platform = own; import benchmark; benchmark.alone({rounds})")  # fmt: skip
-    folders = Path(__file__).resolve().parents
-    path = os.pathsep.join(map(str, folders[:2]))
-    subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": path}, check=True)
+    """Seconds a clip of the plain network in a process of its own, which does not keep freed memory."""
+    command = [sys.executable, "-c", f"import benchmark; benchmark.alone({rounds})"]
+    subprocess.run(command, env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent)}, check=True)
 
 
 def alone(rounds):
@@ -511,6 +508,8 @@ if __name__ == "__main__":
     parser.add_argument("--data", default="data/demo", help="folder with videos of `loader` (default: %(default)s)")
     parser.add_argument("--layers", default="2,4,6,10,18", help="stages of `evidence` (default: %(default)s)")
     args = parser.parse_args()
+    if args.what not in ("heatmap", "evidence"):
+        keep_freed_memory()
     if args.what == "peak":
         width, height = map(int, args.size.split("x"))
         peak(args.net, args.batch, height, width)
