@@ -8,7 +8,7 @@ Method. Windows of the checkpoint's clip length and rate slide over the video. y
 W') a channel of the output of a stage. Grad-CAM (Selvaraju et al., 2017, arXiv:1610.02391) is sum_c mean(dy/dA_c) A_c,
 HiResCAM (Draelos and Carin, 2020, arXiv:2011.08891) sum_c dy/dA_c * A_c, element by element. After global pooling and
 one linear layer the gradient at the last stage is the same at every place, so there the two are equal by algebra; they
-differ at earlier stages: try features.6 (pretrained_resnet: features.layer3). What is drawn is the positive part.
+differ at earlier stages: try features.4 (pretrained_resnet: features.layer3). What is drawn is the positive part.
 
 --check asks two questions about at most four windows of the video, spread evenly:
 1. Deletion and insertion (Petsiuk et al., 2018, arXiv:1806.07421): p is the class probability after the hottest 5, 10,
