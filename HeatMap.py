@@ -609,5 +609,5 @@ if __name__ == "__main__":
         sys.stderr.write(f"HeatMap.py: {error}\n")
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.stderr.write("\nHeatMap.py: stopped, nothing was written\n")
+        sys.stderr.write("\nHeatMap.py: stopped; only finished results were written\n")
         sys.exit(130)

@@ -89,10 +89,7 @@ class DepthwiseBackward(torch.autograd.Function):
         for i in range(0, len(x) if by_taps or need_weight else 0, n):
             frames, outputs = (v[i : i + n].permute(0, 2, 3, 4, 1) for v in (x, grad))  # (n, T, H, W, C)
             for k in (1, 2, 0):
-                first, last = (
-                    int(k == 0),
-                    min(outputs.shape[1], (frames.shape[1] - k) // s + 1),
-                )  # of the output's frames
+                first, last = int(k == 0), min(outputs.shape[1], (frames.shape[1] - k) // s + 1)  # of the output
                 if last <= first:
                     continue
                 met = slice(first * s + k - 1, (last - 1) * s + k, s)
@@ -294,10 +291,8 @@ def load_weights(model, name, weights):
     state = read_state(weights)
     state = state.get("model", state)
     try:
-        heads = ("fc.", "classifier.")
-        model.features.load_state_dict(
-            {k.removeprefix("features."): v for k, v in state.items() if not k.startswith(heads)}
-        )
+        own = {k.removeprefix("features."): v for k, v in state.items() if not k.startswith(("fc.", "classifier."))}
+        model.features.load_state_dict(own)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"the weights {weights} do not fit {name}: use --weights none or another file") from error
     return str(weights)

@@ -94,12 +94,7 @@ def parse_args(argv=None):
         "the demo is rendered if missing")  # fmt: skip
     add("--size", type=width_x_height, default="300x400", metavar="WxH", help="width x height of the clips in pixels")
     add("--clip-len", type=between(1), default=16, help="length of a clip in frames")
-    add(
-        "--clip-fps",
-        type=between(0.1, kind=float),
-        default=8.0,
-        help="frames a second of a clip, whatever the file has",
-    )
+    add("--clip-fps", type=between(0.1, kind=float), default=8.0, help="frames a second of a clip, for any file")
     add("--background-ratio", type=between(0, 1, float), default=0.3, help="recordings: share of no_exercise kept")
     add("--workers", type=between(0), default=4, help="loader processes; 0 in debug mode")
     add("--cache-gb", type=between(0, kind=float), default=memory, help="GB of RAM for decoded frames; 0 in debug mode")
@@ -255,9 +250,8 @@ def confusion_picture(confusion, classes):
     def names(order):
         strip = np.full((side, margin, 3), 255, np.uint8)
         for place, i in enumerate(order):
-            cv2.putText(
-                strip, classes[i], (margin - 10 - widths[i], cell * place + 28), font, 0.55, black, 1, cv2.LINE_AA
-            )
+            start = margin - 10 - widths[i], cell * place + 28
+            cv2.putText(strip, classes[i], start, font, 0.55, black, 1, cv2.LINE_AA)
         return strip
 
     picture = np.full((margin + side + 8, margin + side + 8, 3), 255, np.uint8)

@@ -356,6 +356,10 @@ def test_the_class_explained_is_the_one_of_the_whole_video(tmp_path, monkeypatch
     assert maps[:6].max() < maps[12:].min(axis=0).max()
 
 
+def test_a_gpu_takes_eight_windows_of_the_default_size_at_a_time():
+    assert [HeatMap.clips_at_once((16, 400, 300), torch.device(name)) for name in ("cpu", "cuda")] == [1, 8]
+
+
 def test_items_come_ahead_in_order_with_their_error():
     made = []
 
