@@ -388,7 +388,7 @@ def draw(path, found, size, classes, args):
     sides = zip((h, w), cover(*first[1].shape[:2], size), size[::-1], strict=True)
     seen = [round(n * part / whole) for n, whole, part in sides]  # (rows, columns) in the middle
     inside = tuple(slice((n - part) // 2, (n - part) // 2 + part) for n, part in zip((h, w), seen, strict=True))
-    scaled = [np.maximum(maps, 0) / max(maps.max(), 1e-30) for maps in found.maps.values()]
+    peaks = [max(maps.max(), 1e-30) for maps in found.maps.values()]
 
     letters, rows = int(min(max(h / 30, 10), 40)), -(-(len(names) + args.side_by_side) // columns)
     band, (x0, y0, length, deep) = draw_band(columns * w, letters, found, classes, args)
@@ -396,8 +396,8 @@ def draw(path, found, size, classes, args):
     for time, frame in chain([first], frames):
         source = frame if frame.shape[:2] == (h, w) else cv2.resize(frame, (w, h), interpolation=cv2.INTER_AREA)
         at, panels = np.interp(time, found.times, np.arange(len(found.times))), [source]
-        for maps in scaled:
-            before, after = maps[int(at)], maps[math.ceil(at)]
+        for maps, peak in zip(found.maps.values(), peaks, strict=True):
+            before, after = np.maximum(maps[[int(at), math.ceil(at)]], 0) / peak
             heat = cv2.resize(before + at % 1 * (after - before), seen[::-1])  # bilinear, cells are tiles
             panels.append(source // 3)
             panels[-1][inside] = overlay(source[inside], heat, args.alpha, args.colormap)
