@@ -112,9 +112,10 @@ class DepthwiseBackward(torch.autograd.Function):
 class Conv3d(nn.Conv3d):
     """nn.Conv3d, the same values and parameters, that goes around two slow places of torch 2.14 on the CPU.
 
-    One is the backward of depthwise layers. The other is a batch of one clip, for which torch leaves oneDNN for its
-    plain kernel: a pointwise layer is then a matrix product, and the stem a 2D convolution over frames stacked with
-    their neighbours (a step at 1x3x16x400x300 takes 0.68 s instead of 1.04, inference 0.16 instead of 0.22).
+    One is the backward of depthwise layers. The other is a batch of one clip, or a single thread, as torchrun starts
+    it, for which torch leaves oneDNN for its plain kernel: a pointwise layer is then a matrix product, and the stem of
+    one clip a 2D convolution over frames stacked with their neighbours (a step at 1x3x16x400x300 takes 0.68 s instead
+    of 1.04, inference 0.16 instead of 0.22; on one thread a step at 4x3x16x192x144 1.1 to 1.6 s instead of 3.2).
     """
 
     def forward(self, x):
@@ -122,10 +123,10 @@ class Conv3d(nn.Conv3d):
             return super().forward(x)
         if self.groups > 1 and torch.is_grad_enabled() and self.bias is None and x.dtype == self.weight.dtype:
             return DepthwiseBackward.apply(x, self.weight, self.stride)
+        if self.kernel_size == (1, 1, 1) and (len(x) == 1 or torch.get_num_threads() == 1):
+            return F.linear(x.permute(0, 2, 3, 4, 1), self.weight[:, :, 0, 0, 0], self.bias).permute(0, 4, 1, 2, 3)
         if self.groups > 1 or len(x) > 1:
             return super().forward(x)
-        if self.kernel_size == (1, 1, 1):
-            return F.linear(x.permute(0, 2, 3, 4, 1), self.weight[:, :, 0, 0, 0], self.bias).permute(0, 4, 1, 2, 3)
         padded, n = F.pad(x[0].transpose(0, 1), (0, 0, 0, 0, 0, 0, 1, 1)), x.shape[2]
         stacks = torch.cat([padded[k : k + n] for k in range(3)], dim=1)  # (T, 3 C, H, W)
         stacks = stacks.contiguous(memory_format=torch.channels_last)

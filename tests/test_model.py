@@ -1,5 +1,6 @@
 import math
 import urllib.request
+from functools import partial
 from urllib.error import URLError
 
 import pytest
@@ -260,14 +261,17 @@ def test_whole_network_equals_the_one_with_plain_convolutions(monkeypatch, batch
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (3, (1, 2, 2))])
-def test_convolutions_of_one_clip_equal_the_library(kernel, stride, bias):
+@pytest.mark.parametrize(("kernel", "stride", "batch", "threads"), [(1, 1, 1, 2), (3, (1, 2, 2), 1, 2), (1, 1, 3, 1)])
+def test_convolutions_of_one_clip_or_on_one_thread_equal_the_library(kernel, stride, batch, threads, bias, request):
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
     ours, library = (
         kind(3, 5, kernel, stride, padding=kernel // 2, bias=bias).double() for kind in (Conv3d, nn.Conv3d)
     )
     library.load_state_dict(ours.state_dict())
-    clip = torch.randn(1, 3, 4, 9, 8, dtype=torch.double, requires_grad=True)
+    clip = torch.randn(batch, 3, 4, 9, 8, dtype=torch.double)
+    clip = clip.contiguous(memory_format=torch.channels_last_3d).requires_grad_()
     (grad,) = torch.autograd.grad(ours(clip).square().sum(), clip)
     (expected,) = torch.autograd.grad(library(clip).square().sum(), clip)
     torch.testing.assert_close(ours(clip), library(clip))
