@@ -338,16 +338,21 @@ def arrange(n, height, width):
     return columns, round(scale * height), round(scale * width)
 
 
+def ranking(found, classes, top_k):
+    """{class index: "name probability"} of the most probable classes and of the one explained."""
+    mean = found.scores.mean(0)
+    shown = dict.fromkeys([*mean.argsort()[::-1][:top_k].tolist(), found.target])
+    return {index: f"{classes[index]} {mean[index]:.0%}" for index in shown}
+
+
 def draw_band(width, size, found, classes, args):
     """What stands under the pictures, with text `size` pixels high: classes, colour scale, the class's score over time.
 
     Returns uint8 (h, width, 3) and (x, y, w, h) of the time line in it.
     """
-    probabilities, step, half = found.scores.mean(0), size + size // 2, width // 2
-    shown = dict.fromkeys([*probabilities.argsort()[::-1][: args.top_k].tolist(), found.target])
-    band = np.full((max(2, len(shown)) * step + 3 * size, width, 3), DARK, np.uint8)
-    for i, index in enumerate(shown):
-        line = f"{classes[index]} {probabilities[index]:.0%}"
+    ranks, step, half = ranking(found, classes, args.top_k), size + size // 2, width // 2
+    band = np.full((max(2, len(ranks)) * step + 3 * size, width, 3), DARK, np.uint8)
+    for i, (index, line) in enumerate(ranks.items()):
         paste(band, text(line, size, half, AMBER if index == found.target else WHITE), 0, i * step)
     title = f"{len(found.maps)} maps, each from 0 to its most"
     if len(found.maps) == 1:
@@ -391,6 +396,7 @@ def draw(path, found, size, classes, args):
     peaks = [max(maps.max(), 1e-30) for maps in found.maps.values()]
 
     letters, rows = int(min(max(h / 30, 10), 40)), -(-(len(names) + args.side_by_side) // columns)
+    tags = [text(name, letters, w) for name in names] if len(names) > 1 else []
     band, (x0, y0, length, deep) = draw_band(columns * w, letters, found, classes, args)
     canvas = np.full((-(-(rows * h + len(band)) // 2) * 2, -(-columns * w // 2) * 2, 3), DARK, np.uint8)
     for time, frame in chain([first], frames):
@@ -403,8 +409,8 @@ def draw(path, found, size, classes, args):
             panels[-1][inside] = overlay(source[inside], heat, args.alpha, args.colormap)
         for i, panel in enumerate(panels[not args.side_by_side :]):
             paste(canvas, panel, i % columns * w, i // columns * h)
-        for i, name in enumerate(names if len(names) > 1 else [], args.side_by_side):
-            paste(canvas, text(name, letters, w), i % columns * w, i // columns * h)
+        for i, tag in enumerate(tags, args.side_by_side):
+            paste(canvas, tag, i % columns * w, i // columns * h)
         paste(canvas, band, 0, rows * h)
         x = x0 + int(np.interp(time, [0, found.times[-1]], [0, length - 1]))
         cv2.line(canvas, (x, rows * h + y0), (x, rows * h + y0 + deep), WHITE, max(1, letters // 8))
@@ -550,9 +556,8 @@ def explain_file(video, output, model, checkpoint, layers, methods, target, devi
     classes, size, T = checkpoint["classes"], checkpoint["size"], checkpoint["clip_len"]
     stride = args.stride or max(1, T // 2)
     found = explain_video(model, checkpoint, video, layers, methods, target, device, stride)
-    name, probabilities = classes[found.target], found.scores.mean(0)
-    lines = [f"{classes[i]} {probabilities[i]:.0%}" for i in probabilities.argsort()[::-1][: args.top_k]]
-    print(f"{video}: {', '.join(lines)} (mean of {len(found.scores)} windows)")
+    name, ranks = classes[found.target], ranking(found, classes, args.top_k)
+    print(f"{video}: {', '.join(ranks.values())} (mean of {len(found.scores)} windows)")
     for row, maps in found.maps.items():
         blank = "" if maps.max() > 0 else f": there is no positive evidence for {name}, so the map is blank"
         cells = f"{maps.shape[2]}x{maps.shape[1]} cells (WxH)"

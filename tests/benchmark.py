@@ -478,12 +478,8 @@ def evidence(path, layers, draws=2):
                 found[row, "time"].append(heat[fast].mean() / max(heat[~fast].mean(), 1e-30))
     print(f"top-1 {sum(found['top-1'])}/{len(found['top-1'])}")
     measures = ("area", "inside", "points", "deletion", "insertion")
-    print(
-        f"| layer | method | {' | '.join(measures)} | correlation, new from the top | time |"
-        + "\n"
-        + "| --- " * 9
-        + "|"
-    )
+    print(f"| layer | method | {' | '.join(measures)} | correlation, new from the top | time |")
+    print("| --- " * 9 + "|")
     for row in rows:
         area, inside, *shares = (np.mean(found[row, key]) for key in measures)
         cells = [*row, f"{area:.0%}", f"{inside:.2f}", *(f"{share:.0%}" for share in shares)]
