@@ -1,18 +1,19 @@
 """The networks: a mobile 3D CNN (MobileNetV2 with time as a third axis) and torchvision's r3d_18.
 
     model = build_model("mobilenet_v2_3d", num_classes=17)
-    logits = model(clip)        # clip (B, 3, T, H, W) float32, normalised -> logits (B, 17), no softmax
+    logits = model(model.prepare(clips))   # uint8 (B, T, 3, H, W) -> logits (B, 17), no softmax
 
-Both are a sequence of named stages, `model.features`, then global average pooling and one linear layer, so whoever
-wants the map at a stage (HeatMap.py) can run the stages up to it and go on from there. Axis order: (B, C, T, H, W).
+Each network is a sequence of named stages, `model.features`, then global average pooling and one
+linear layer, so whoever wants the map at a stage (HeatMap.py) can run the stages up to it and go on
+from there. Axis order inside the networks: (B, C, T, H, W).
+
+To add a network, write a function that builds it and one row of MODELS.
 """
 
 import copy
-import ctypes
 import math
 import socket
-import sys
-from collections import OrderedDict
+from collections import OrderedDict, namedtuple
 from pathlib import Path
 
 import torch
@@ -20,13 +21,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.video import R3D_18_Weights, r3d_18
+from torchvision.transforms import v2
 
-from Dataset import UserError
+# (mean, standard deviation) of red, green and blue, for pixels in 0..1
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+KINETICS = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)
 
-MODELS = ("mobilenet_v2_3d", "pretrained_resnet")
 MODES = ("standard", "high_temporal")
 
-# The seed document spells it `interverted_residual_setting`.
+# The table of MobileNetV2, with a stride for time; the name is torchvision's.
 inverted_residual_setting = [
     # t (expansion), c (channels), n (blocks), stride (T, H, W) of the first block
     (1, 16, 1, (1, 1, 1)),
@@ -39,153 +42,104 @@ inverted_residual_setting = [
 ]
 
 
-def keep_freed_memory():
-    """Let this process keep freed memory for its next tensors, on Linux; it then needs about a quarter more.
-
-    glibc gives blocks over 32 MB back to the system at once, and a training step on the CPU then spends up to half its
-    time on getting them back zeroed (measured: 1.1 to 0.6 s a clip).
-    """
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
+# ------------------------------------------------------------------------------------ the networks
 
 
 def scale_channels(channels, width_mult):
-    """MobileNetV2's rule: the nearest multiple of 8, but never more than 10 % below the exact width."""
-    scaled = max(8, int(channels * width_mult + 4) // 8 * 8)
-    return scaled + 8 if scaled < 0.9 * channels * width_mult else scaled
-
-
-class DepthwiseBackward(torch.autograd.Function):
-    """Depthwise 3x3x3 convolution, padding 1: the library's forward, and a backward from the library's faster parts.
-
-    In channels_last_3d a clip is a stack of channels_last frames, and frame t * stride + k - 1 of the input meets frame
-    t of the output through tap k of the kernel in time. So the gradients are sums over three taps of 2D depthwise
-    gradients; and with stride 1 the input's gradient is the output's gradient convolved with the mirrored kernel.
-    The same values as the library's 3D backward; tests/benchmark.py model measures what it gains on the CPU.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, stride):
-        ctx.save_for_backward(x, weight)
-        ctx.stride = stride
-        return torch.conv3d(x, weight, None, stride, 1, 1, len(weight))
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        (s, *stride), (need_x, need_weight, _) = ctx.stride, ctx.needs_input_grad
-        grad_x, grad_weight = None, torch.zeros_like(weight) if need_weight else None
-        grad = grad.contiguous(memory_format=torch.channels_last_3d)
-        mirrored = need_x and ctx.stride == (1, 1, 1)
-        if mirrored:
-            grad_x = torch.conv3d(grad, weight.flip(2, 3, 4), None, 1, 1, 1, len(weight))
-        elif need_x:
-            grad_x = torch.empty_like(x, memory_format=torch.channels_last_3d)
-        by_taps = need_x and not mirrored
-        # The frames of one sample are a view. Small maps are copied together: many calls would cost more than the copy.
-        n = 1 if x[0].numel() > 500_000 else len(x)
-        for i in range(0, len(x) if by_taps or need_weight else 0, n):
-            frames, outputs = (v[i : i + n].permute(0, 2, 3, 4, 1) for v in (x, grad))  # (n, T, H, W, C)
-            for k in (1, 2, 0):
-                first, last = int(k == 0), min(outputs.shape[1], (frames.shape[1] - k) // s + 1)  # of the output
-                if last <= first:
-                    continue
-                met = slice(first * s + k - 1, (last - 1) * s + k, s)
-                frames_grad, tap_grad, _ = torch.ops.aten.convolution_backward(
-                    outputs[:, first:last].flatten(0, 1).permute(0, 3, 1, 2),
-                    frames[:, met].flatten(0, 1).permute(0, 3, 1, 2),
-                    weight[:, :, k], None, stride, [1, 1], [1, 1], False, [0, 0], len(weight),
-                    [by_taps, need_weight, False],
-                )  # fmt: skip
-                if need_weight:
-                    grad_weight[:, :, k] += tap_grad
-                if by_taps:
-                    place = grad_x[i : i + n, :, met].transpose(1, 2)
-                    frames_grad = frames_grad.unflatten(0, (len(place), -1))
-                    # tap 1 reaches every frame; with stride 2 the even ones, and tap 2 is the first at the odd ones
-                    place.copy_(frames_grad) if k == 1 or (k == 2 and s == 2) else place.add_(frames_grad)
-        return grad_x, grad_weight, None
-
-
-class Conv3d(nn.Conv3d):
-    """nn.Conv3d, the same values and parameters, that goes around two slow places of torch 2.14 on the CPU.
-
-    One is the backward of depthwise layers. The other is a batch of one clip, or a single thread, as torchrun starts
-    it, for which torch leaves oneDNN for its plain kernel: a pointwise layer is then a matrix product, and the stem of
-    one clip a 2D convolution over frames stacked with their neighbours (a step at 1x3x16x400x300 takes 0.68 s instead
-    of 1.04, inference 0.16 instead of 0.22; on one thread a step at 4x3x16x192x144 1.1 to 1.6 s instead of 3.2).
-    """
-
-    def forward(self, x):
-        if x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
-            return super().forward(x)
-        if self.groups > 1 and torch.is_grad_enabled() and self.bias is None and x.dtype == self.weight.dtype:
-            return DepthwiseBackward.apply(x, self.weight, self.stride)
-        if self.kernel_size == (1, 1, 1) and (len(x) == 1 or torch.get_num_threads() == 1):
-            return F.linear(x.permute(0, 2, 3, 4, 1), self.weight[:, :, 0, 0, 0], self.bias).permute(0, 4, 1, 2, 3)
-        if self.groups > 1 or len(x) > 1:
-            return super().forward(x)
-        padded, n = F.pad(x[0].transpose(0, 1), (0, 0, 0, 0, 0, 0, 1, 1)), x.shape[2]
-        stacks = torch.cat([padded[k : k + n] for k in range(3)], dim=1)  # (T, 3 C, H, W)
-        stacks = stacks.contiguous(memory_format=torch.channels_last)
-        out = F.conv2d(stacks, self.weight.transpose(1, 2).flatten(1, 2), self.bias, self.stride[1:], padding=1)
-        return out.unflatten(0, (1, n)).transpose(1, 2)  # not [None]: its stride misleads the batch norm's backward
+    """MobileNetV2's rule: the nearest multiple of 8, never more than 10 % below the exact width."""
+    exact = channels * width_mult
+    scaled = max(8, int(exact + 4) // 8 * 8)
+    if scaled < 0.9 * exact:
+        scaled += 8
+    return scaled
 
 
 class ConvBNReLU6(nn.Sequential):
+    """Convolution padded by half its kernel, batch norm, and an activation that ends at 6."""
+
     def __init__(self, c_in, c_out, kernel=1, stride=1, groups=1):
+        padding = kernel // 2
         super().__init__(
-            Conv3d(c_in, c_out, kernel, stride, padding=kernel // 2, groups=groups, bias=False),
+            FastConv3d(c_in, c_out, kernel, stride, padding, groups=groups, bias=False),
             nn.BatchNorm3d(c_out),
             nn.ReLU6(inplace=True),
         )
 
 
 class InvertedResidual3d(nn.Module):
-    """Expand 1x1x1 -> depthwise 3x3x3 -> project 1x1x1 without activation (the linear bottleneck)."""
+    """Expand 1x1x1 -> depthwise 3x3x3 -> project 1x1x1 without activation (linear bottleneck).
+
+    The input is added where the block changes neither the size nor the number of channels.
+    """
 
     def __init__(self, c_in, c_out, stride, expansion):
         super().__init__()
         hidden = c_in * expansion
         self.use_res_connect = stride == (1, 1, 1) and c_in == c_out
-        self.conv = nn.Sequential(
-            *([ConvBNReLU6(c_in, hidden)] if expansion != 1 else []),  # pw
-            ConvBNReLU6(hidden, hidden, kernel=3, stride=stride, groups=hidden),  # dw
-            Conv3d(hidden, c_out, 1, bias=False),  # pw-linear
-            nn.BatchNorm3d(c_out),
-        )
+        layers = []
+        if expansion != 1:
+            layers.append(ConvBNReLU6(c_in, hidden))
+        layers.append(ConvBNReLU6(hidden, hidden, kernel=3, stride=stride, groups=hidden))
+        layers.append(FastConv3d(hidden, c_out, 1, bias=False))
+        layers.append(nn.BatchNorm3d(c_out))
+        self.conv = nn.Sequential(*layers)
 
     def forward(self, x):
-        return x + self.conv(x) if self.use_res_connect else self.conv(x)
+        if self.use_res_connect:
+            return x + self.conv(x)
+        return self.conv(x)
 
 
 class VideoClassifier(nn.Module):
-    """`features` (named stages) -> average over (T, H, W) -> `classifier` (dropout and one linear layer)."""
+    """`features` (named stages) -> average over (T, H, W) -> `classifier` (dropout, linear layer).
 
-    def __init__(self, features, channels, num_classes, dropout):
+    Args:
+        features: nn.Sequential of the stages; the last one gives `channels` channels.
+        dropout: probability in front of the linear layer.
+        pixels: (mean, standard deviation) of the pixels that the network is trained on.
+    """
+
+    # Bytes that a training step on the CPU keeps per pixel (T x H x W) of a clip, measured for
+    # r3d_18 in float32; it decides how many clips are computed at a time.
+    step_bytes = 2000
+
+    def __init__(self, features, channels, num_classes, dropout=0.2, pixels=IMAGENET):
         super().__init__()
+        self.mean, self.std = pixels
         self.features = features
         self.pool = nn.AdaptiveAvgPool3d(1)
         self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(channels, num_classes))
-        nn.init.normal_(self.classifier[1].weight, 0, 0.01)  # so that the loss starts at ln(num_classes)
+        # small weights, so that the loss starts at ln(num_classes)
+        nn.init.normal_(self.classifier[1].weight, 0, 0.01)
         nn.init.zeros_(self.classifier[1].bias)
+
+    def prepare(self, clips):
+        """uint8 (B, T, 3, H, W) on any device -> normalised float32 (B, 3, T, H, W) on this one's.
+
+        Channels are innermost in memory.
+        """
+        device = self.classifier[1].weight.device
+        clips = clips.to(device, non_blocking=True)
+        clips = v2.functional.to_dtype(clips, torch.float32, scale=True)
+        clips = v2.functional.normalize(clips, self.mean, self.std)
+        return clips.transpose(1, 2).contiguous(memory_format=torch.channels_last_3d)
 
     def head(self, x):
         """Map of the last stage (B, C, T', H', W') -> logits (B, num_classes)."""
         return self.classifier(self.pool(x).flatten(1))
 
-    def forward(self, clip):
-        """Clip (B, 3, T, H, W) float, normalised, any T >= 1, H and W >= 32 -> logits (B, num_classes)."""
-        if clip.ndim != 5 or clip.shape[1] != 3:
-            raise ValueError(f"the network takes clips of shape (B, 3, T, H, W), not {tuple(clip.shape)}")
-        # Depthwise 3D convolutions on the CPU are 2 to 5 times faster with the channels innermost in memory.
-        return self.head(self.features(clip.contiguous(memory_format=torch.channels_last_3d)))
+    def forward(self, clips):
+        """Clips (B, 3, T, H, W) float, normalised, T >= 1, H and W >= 32 -> logits."""
+        if clips.ndim != 5 or clips.shape[1] != 3:
+            shape = tuple(clips.shape)
+            raise ValueError(f"the network takes clips of shape (B, 3, T, H, W), not {shape}")
+        # Depthwise 3D convolutions on the CPU are 2 to 5 times faster with the channels innermost.
+        clips = clips.contiguous(memory_format=torch.channels_last_3d)
+        return self.head(self.features(clips))
 
 
 class SparseModel(VideoClassifier):
-    """MobileNetV2 (Sandler et al., 2018, arXiv:1801.04381) inflated to 3D: 2,375,825 parameters for 17 classes.
+    """MobileNetV2 (Sandler et al., 2018, arXiv:1801.04381) in 3D: 2,375,825 parameters, 17 classes.
 
     Args:
         num_classes: number of logits.
@@ -201,71 +155,142 @@ class SparseModel(VideoClassifier):
             raise ValueError(f"unknown mode {mode!r}: choose {' or '.join(MODES)}")
         if not 0 < width_mult < math.inf:
             raise ValueError(f"width_mult must be a positive number, not {width_mult}")
+
+        # stem
         channels = scale_channels(32, width_mult)
-        stages = [ConvBNReLU6(3, channels, kernel=3, stride=(1, 2, 2))]  # stem
+        stages = [ConvBNReLU6(3, channels, kernel=3, stride=(1, 2, 2))]
+        # the rows of the table
         for t, c, n, stride in inverted_residual_setting:
             c_out = scale_channels(c, width_mult)
             if mode == "high_temporal":
                 stride = (1, *stride[1:])
-            for i in range(n):
-                stages.append(InvertedResidual3d(channels, c_out, stride if i == 0 else (1, 1, 1), expansion=t))
+            for _ in range(n):
+                stages.append(InvertedResidual3d(channels, c_out, stride, expansion=t))
                 channels = c_out
+                stride = (1, 1, 1)
+        # last convolution
         last = scale_channels(1280, max(1.0, width_mult))
         stages.append(ConvBNReLU6(channels, last))
+
         super().__init__(nn.Sequential(*stages), last, num_classes, dropout)
-        for m in self.features.modules():
-            if isinstance(m, nn.Conv3d):
-                # He et al., fan_out, as in the reference, but counting groups: else depthwise weights start so small
-                # that a step of AdamW changes them by 10 %, the running averages of batch norm can't follow, and
-                # validation stays at chance for epochs (measured).
-                fan_out = m.out_channels * math.prod(m.kernel_size) / m.groups
-                nn.init.normal_(m.weight, 0, math.sqrt(2 / fan_out))
+        self.init_convolutions()
         self.to(memory_format=torch.channels_last_3d)
+        # measured, as that of VideoClassifier
+        full_width = 2800 if mode == "high_temporal" else 1700
+        self.step_bytes = full_width * max(0.5, width_mult)
+
+    def init_convolutions(self):
+        """He et al., fan_out, as in the reference, but counting groups.
+
+        Else depthwise weights start so small that a step of AdamW changes them by 10 %, the running
+        averages of batch norm can't follow, and validation stays at chance for epochs (measured).
+        """
+        for layer in self.features.modules():
+            if isinstance(layer, nn.Conv3d):
+                fan_out = layer.out_channels * math.prod(layer.kernel_size) / layer.groups
+                nn.init.normal_(layer.weight, 0, math.sqrt(2 / fan_out))
+
+
+def video_resnet(net, num_classes):
+    """A VideoResNet of torchvision, trained on Kinetics-400, as a VideoClassifier."""
+    stages = OrderedDict()
+    for name in ("stem", "layer1", "layer2", "layer3", "layer4"):
+        stages[name] = getattr(net, name)
+    channels = net.fc.in_features
+    model = VideoClassifier(nn.Sequential(stages), channels, num_classes, pixels=KINETICS)
+    return model.to(memory_format=torch.channels_last_3d)
+
+
+def pretrained_resnet(num_classes, mode, width_mult):
+    """r3d_18 (Tran et al., 2018, arXiv:1711.11248); mode and width_mult do not apply to it."""
+    return video_resnet(r3d_18(), num_classes)
+
+
+# ---------------------------------------------------------------------------- the table of networks
+
+# build: called with num_classes, mode and width_mult, gives a VideoClassifier with random weights;
+# pretrained: the weights that torchvision offers for it, None if there are none.
+Network = namedtuple("Network", "build pretrained")
+
+MODELS = {
+    "mobilenet_v2_3d": Network(SparseModel, None),
+    "pretrained_resnet": Network(pretrained_resnet, R3D_18_Weights.KINETICS400_V1),
+}
+
+
+def build_model(name, num_classes, mode="standard", width_mult=1.0):
+    """The network of that name with random weights; `load_weights` fills in trained ones.
+
+    Its `name` and `args` are what a checkpoint needs to build it again. Raises ValueError for
+    another name, an unknown mode or a width that is not positive.
+    """
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}: choose {' or '.join(MODELS)}")
+    args = {"num_classes": num_classes, "mode": mode, "width_mult": width_mult}
+    model = MODELS[name].build(**args)
+    model.name = name
+    model.args = args
+    return model
 
 
 def fold_batch_norm(model):
-    """A copy of a trained model in eval mode whose batch norms are part of the convolutions before them.
+    """A copy of a trained model in eval mode; its batch norms are part of the convolutions before.
 
     Same stages, same outputs up to rounding, for inference only.
     """
     model = copy.deepcopy(model).eval()
-    for block in [m for m in model.modules() if isinstance(m, nn.Sequential)]:
+    for block in model.modules():
+        if not isinstance(block, nn.Sequential):
+            continue
         for i in range(len(block) - 1):
-            if isinstance(block[i], nn.Conv3d) and isinstance(block[i + 1], nn.BatchNorm3d):
-                block[i], block[i + 1] = fuse_conv_bn_eval(block[i], block[i + 1]), nn.Identity()
+            conv = block[i]
+            norm = block[i + 1]
+            if isinstance(conv, nn.Conv3d) and isinstance(norm, nn.BatchNorm3d):
+                block[i] = fuse_conv_bn_eval(conv, norm)
+                block[i + 1] = nn.Identity()
     return model.to(memory_format=torch.channels_last_3d)
 
 
-def build_model(name, num_classes, mode="standard", width_mult=1.0):
-    """The network called `name` with random weights; `load_weights` fills in trained ones.
+def pick_device(name):
+    """The torch.device called `name`; "auto" for CUDA, else Apple's mps, else the CPU.
 
-    "mobilenet_v2_3d" is SparseModel, "pretrained_resnet" is torchvision's r3d_18 (Tran et al., 2018, arXiv:1711.11248;
-    mode and width_mult do not apply to it). Raises ValueError for another name.
+    Raises ValueError if it can't be used.
     """
-    if name == "mobilenet_v2_3d":
-        return SparseModel(num_classes, width_mult, mode)
-    if name == "pretrained_resnet":
-        net = r3d_18()
-        stages = OrderedDict((s, getattr(net, s)) for s in ("stem", "layer1", "layer2", "layer3", "layer4"))
-        model = VideoClassifier(nn.Sequential(stages), net.fc.in_features, num_classes, dropout=0.2)
-        return model.to(memory_format=torch.channels_last_3d)
-    raise ValueError(f"unknown model {name!r}: choose {' or '.join(MODELS)}")
+    if name == "auto":
+        if torch.cuda.is_available():
+            name = "cuda"
+        elif torch.backends.mps.is_available():
+            name = "mps"
+        else:
+            name = "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"the device {name} can't be used: {reason}") from error
 
 
-def kinetics_file():
-    """Where torchvision looks for the Kinetics-400 weights of r3d_18 before it asks the network."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / Path(R3D_18_Weights.KINETICS400_V1.url).name
+# ------------------------------------------------------------------------------- trained weights
 
 
-def read_state(source):
-    """The dict in a file saved by torch, or with "kinetics" torchvision's weights from its cache or the network.
+def weights_file(name):
+    """Where torchvision looks for the weights of a network before it downloads them, or None."""
+    pretrained = MODELS[name].pretrained
+    if pretrained is None:
+        return None
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(pretrained.url).name
+
+
+def read_state(source, pretrained=None):
+    """The dict in a file saved by torch; for "kinetics" `pretrained`, from its file or the network.
 
     Raises OSError if there is no such file or network, ValueError if the file is something else.
     """
     try:
         if source == "kinetics":
-            socket.setdefaulttimeout(30)  # seconds; torch.hub sets none and would wait on a dead network for minutes
-            return R3D_18_Weights.KINETICS400_V1.get_state_dict(progress=True, check_hash=True, weights_only=True)
+            # seconds; torch.hub sets none and would wait on a dead network for minutes
+            socket.setdefaulttimeout(30)
+            return pretrained.get_state_dict(progress=True, check_hash=True, weights_only=True)
         state = torch.load(source, map_location="cpu", weights_only=True)
         return dict(state.items())
     except OSError:
@@ -274,41 +299,275 @@ def read_state(source):
         raise ValueError(f"{source} is damaged, or not a file of weights saved by torch") from error
 
 
-def load_weights(model, name, weights):
-    """Fill the stages of `model` in place; the new linear layer stays as it is.
+def load_weights(model, weights):
+    """Fill the stages of a model of `build_model`; the new linear layer stays as it is.
 
     Args:
-        weights: "none"; "kinetics" (pretrained_resnet only); "auto", kinetics for pretrained_resnet and else none;
-            or the path of a state dict of torchvision's r3d_18 or of a checkpoint of Trainer.py.
+        weights: "none"; "kinetics", those of torchvision; "auto", kinetics where the table has
+            them and else none; or the path of a state dict of torchvision's network or of a
+            checkpoint of Trainer.py.
     Returns what was loaded: "none", "kinetics" or the path, as text.
     Raises OSError if the weights can't be had, ValueError if they don't fit this network.
     """
+    pretrained = MODELS[model.name].pretrained
     if weights == "auto":
-        weights = "kinetics" if name == "pretrained_resnet" else "none"
+        weights = "none" if pretrained is None else "kinetics"
     if weights == "none":
         return "none"
-    if weights == "kinetics" and name != "pretrained_resnet":
-        raise ValueError(f"there are no Kinetics weights for {name}: use --weights none")
-    state = read_state(weights)
-    state = state.get("model", state)
+    if weights == "kinetics" and pretrained is None:
+        raise ValueError(f"there are no Kinetics weights for {model.name}: use --weights none")
+    state = read_state(weights, pretrained)
     try:
-        own = {k.removeprefix("features."): v for k, v in state.items() if not k.startswith(("fc.", "classifier."))}
-        model.features.load_state_dict(own)
+        stages = {}
+        for key, value in state.get("model", state).items():
+            if not key.startswith(("fc.", "classifier.")):
+                stages[key.removeprefix("features.")] = value
+        model.features.load_state_dict(stages)
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise ValueError(f"the weights {weights} do not fit {name}: use --weights none or another file") from error
+        raise ValueError(
+            f"the weights {weights} do not fit {model.name}: use --weights none or another file"
+        ) from error
     return str(weights)
 
 
+# ------------------------------------------------------------------------------------ checkpoints
+
+FORMAT = 1  # a file with another number is refused; raise it when a key changes its meaning
+
+
+def new_checkpoint(model, classes, size, clip_len, clip_fps):
+    """What is kept of a network of `build_model` and its training, before the first epoch.
+
+    Plain dicts, lists, numbers, strings and tensors, so that it loads with weights_only=True:
+        format: FORMAT
+        model_name, model_args: arguments of build_model
+        weights: what it started from, as load_weights returned it
+        classes: names in the order of the logits
+        size, clip_len, clip_fps: of the clips: [W, H] in pixels, frames, frames per second
+        mean, std: of the pixels in 0..1, for `prepare`
+        epoch: number of epochs done
+        history: one dict of figures per epoch, the columns of metrics.csv
+        best: [mean accuracy per class of the videos, -loss] of the best epoch
+        split: {"train": [file, ...], "val": [...]}, sorted, relative to the data's folder
+        args: {flag of Trainer.py: value}
+        model: state dict of the model, the very same tensors
+    Trainer.py adds after an epoch:
+        metrics: dict of figures of the last epoch
+        confusion: int64 (true, predicted), counts of the videos in the best epoch
+        optimizer, scaler: state dicts, in last.pt alone
+    """
+    return {
+        "format": FORMAT,
+        "model_name": model.name,
+        "model_args": model.args,
+        "weights": "none",
+        "classes": list(classes),
+        "size": list(size),
+        "clip_len": clip_len,
+        "clip_fps": clip_fps,
+        "mean": list(model.mean),
+        "std": list(model.std),
+        "epoch": 0,
+        "history": [],
+        "best": [-1.0, 0.0],
+        "split": {},
+        "args": {},
+        "model": model.state_dict(),
+    }
+
+
 def load_checkpoint(path):
-    """(model in eval mode, checkpoint dict as Trainer.py saved it). UserError if the file is something else."""
+    """(model in eval mode without gradients, checkpoint dict) from a file that Trainer.py saved.
+
+    Raises OSError if the file can't be read, ValueError if it is something else, both with a
+    sentence for the user.
+    """
     try:
         checkpoint = read_state(path)
-        if checkpoint.get("format") != 1:
-            raise UserError(f"{path} is not a checkpoint of this version of Trainer.py: train again to make one")
+    except OSError as error:
+        raise OSError(f"the checkpoint {path} can't be read: {error.strerror}") from error
+    if checkpoint.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} is not a checkpoint of this version of Trainer.py: train again to make one"
+        )
+    try:
         model = build_model(checkpoint["model_name"], **checkpoint["model_args"])
         model.load_state_dict(checkpoint["model"])
-    except OSError as error:
-        raise UserError(f"the checkpoint {path} can't be read: {error.strerror}") from error
+        model.mean = tuple(checkpoint["mean"])
+        model.std = tuple(checkpoint["std"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} is not a checkpoint of Trainer.py: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is not a checkpoint of Trainer.py: {reason}") from error
     return model.eval().requires_grad_(False), checkpoint
+
+
+# ------------------------------------------------------------------- fast convolutions on the CPU
+
+
+class FastConv3d(nn.Conv3d):
+    """nn.Conv3d, the same values and parameters, around two slow places of torch 2.14 on the CPU.
+
+    One is the backward of depthwise layers. The other is a batch of one clip, or a single thread,
+    as torchrun starts it, for which torch leaves oneDNN for its plain kernel: a pointwise layer is
+    then a matrix product, and the stem of one clip a 2D convolution over frames stacked with their
+    neighbours (a step at 1x3x16x400x300 takes 0.68 s instead of 1.04, inference 0.16 instead of
+    0.22; on one thread a step at 4x3x16x192x144 1.1 to 1.6 s instead of 3.2).
+
+    The properties say for which layers each way holds; all others are the library's.
+    """
+
+    @property
+    def is_padded_3x3x3(self):
+        """Kernel 3x3x3, one zero around the clip, no dilation."""
+        return (
+            self.kernel_size == (3, 3, 3)
+            and self.padding == (1, 1, 1)
+            and self.padding_mode == "zeros"
+            and self.dilation == (1, 1, 1)
+        )
+
+    @property
+    def is_depthwise(self):
+        """One padded 3x3x3 filter per channel, no bias, every frame or every second one."""
+        return (
+            self.is_padded_3x3x3
+            and self.groups == self.in_channels == self.out_channels
+            and self.bias is None
+            and self.stride[0] in (1, 2)
+        )
+
+    @property
+    def is_pointwise(self):
+        """A matrix for the channels of each pixel."""
+        return (
+            self.kernel_size == (1, 1, 1)
+            and self.padding == (0, 0, 0)
+            and self.stride == (1, 1, 1)
+            and self.groups == 1
+        )
+
+    @property
+    def is_stem(self):
+        """A padded 3x3x3 filter over all channels that keeps the number of frames."""
+        return self.is_padded_3x3x3 and self.groups == 1 and self.stride[0] == 1
+
+    def forward(self, x):
+        if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+            return super().forward(x)
+        if torch.compiler.is_compiling() or x.dtype != self.weight.dtype:
+            return super().forward(x)
+        if x.ndim != 5 or len(x) == 0:
+            return super().forward(x)
+        is_one_clip = len(x) == 1
+        if self.is_depthwise and torch.is_grad_enabled():
+            return DepthwiseConv3d.apply(x, self.weight, self.stride)
+        if self.is_pointwise and (is_one_clip or torch.get_num_threads() == 1):
+            return self.as_matrix_product(x)
+        if self.is_stem and is_one_clip:
+            return self.as_conv2d(x)
+        return super().forward(x)
+
+    def as_matrix_product(self, x):
+        matrix = self.weight[:, :, 0, 0, 0]
+        out = F.linear(x.permute(0, 2, 3, 4, 1), matrix, self.bias)
+        return out.permute(0, 4, 1, 2, 3)
+
+    def as_conv2d(self, x):
+        frames = x[0].transpose(0, 1)
+        n_frames = len(frames)
+        padded = F.pad(frames, (0, 0, 0, 0, 0, 0, 1, 1))
+        neighbours = [padded[tap : tap + n_frames] for tap in range(3)]
+        stacks = torch.cat(neighbours, dim=1)  # (T, 3 C, H, W)
+        stacks = stacks.contiguous(memory_format=torch.channels_last)
+        weight = self.weight.transpose(1, 2).flatten(1, 2)
+        out = F.conv2d(stacks, weight, self.bias, self.stride[1:], padding=1)
+        # not out[None]: its stride misleads the batch norm's backward
+        return out.unflatten(0, (1, n_frames)).transpose(1, 2)
+
+
+class DepthwiseConv3d(torch.autograd.Function):
+    """The convolution of FastConv3d.is_depthwise: the library's forward, a backward from its parts.
+
+    In channels_last_3d a clip is a stack of channels_last frames, and frame t * stride + tap - 1 of
+    the input meets frame t of the output through a tap (0, 1 or 2) of the kernel in time. So the
+    gradients are sums over three taps of 2D depthwise gradients; and with stride 1 the input's
+    gradient is the output's gradient convolved with the mirrored kernel. The same values as the
+    library's 3D backward; tests/benchmark.py model measures what it gains on the CPU.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, stride):
+        ctx.save_for_backward(x, weight)
+        ctx.stride = stride
+        return torch.conv3d(x, weight, None, stride, 1, 1, len(weight))
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, _ = ctx.needs_input_grad
+        grad = grad.contiguous(memory_format=torch.channels_last_3d)
+        grad_x = None
+        grad_weight = None
+        if need_weight:
+            grad_weight = torch.zeros_like(weight)
+        if need_x and ctx.stride == (1, 1, 1):
+            grad_x = torch.conv3d(grad, weight.flip(2, 3, 4), None, 1, 1, 1, len(weight))
+            need_x = False
+        if need_x:
+            grad_x = torch.empty_like(x, memory_format=torch.channels_last_3d)
+        if need_x or need_weight:
+            sum_over_taps(x, grad, weight, ctx.stride, grad_x if need_x else None, grad_weight)
+        return grad_x, grad_weight, None
+
+
+def sum_over_taps(x, grad, weight, stride, grad_x, grad_weight):
+    """Fill the gradients of a depthwise convolution in place; None for one that is not wanted.
+
+    x, grad_x: (B, C, T, H, W); grad, of the output: (B, C, T', H', W'); weight: (C, 1, 3, 3, 3).
+    """
+    wanted = [grad_x is not None, grad_weight is not None, False]
+    # The frames of one clip are a view. Small maps are copied together: many calls would cost more
+    # than the copy.
+    n = 1 if x[0].numel() > 500_000 else len(x)
+    for i in range(0, len(x), n):
+        clips = slice(i, i + n)
+        for tap, met, reached in meetings(x.shape[2], grad.shape[2], stride[0]):
+            place_grad, tap_grad, _ = torch.ops.aten.convolution_backward(
+                stack_frames(grad[clips, :, reached]),
+                stack_frames(x[clips, :, met]),
+                weight[:, :, tap],
+                None,  # sizes of the bias
+                stride[1:],
+                [1, 1],  # padding
+                [1, 1],  # dilation
+                False,  # transposed
+                [0, 0],  # output padding
+                len(weight),  # groups
+                wanted,
+            )
+            if grad_weight is not None:
+                grad_weight[:, :, tap] += tap_grad
+            if grad_x is not None:
+                place = grad_x[clips, :, met].transpose(1, 2)
+                place_grad = place_grad.unflatten(0, (len(place), -1))
+                # Tap 1 comes first and reaches every frame; with stride 2 only the even ones, and
+                # tap 2 is the first at the odd ones.
+                if tap == 1 or (tap == 2 and stride[0] == 2):
+                    place.copy_(place_grad)
+                else:
+                    place.add_(place_grad)
+
+
+def meetings(n_inputs, n_outputs, stride):
+    """For each tap of a kernel of 3 the slices of inputs and outputs that meet through it."""
+    for tap in (1, 2, 0):
+        first = 1 if tap == 0 else 0
+        last = min(n_outputs, (n_inputs - tap) // stride + 1)
+        if first < last:
+            inputs = slice(first * stride + tap - 1, (last - 1) * stride + tap, stride)
+            yield tap, inputs, slice(first, last)
+
+
+def stack_frames(clips):
+    """(B, C, T, H, W) -> (B T, C, H, W); of a single clip in channels_last_3d it is a view."""
+    return clips.permute(0, 2, 3, 4, 1).flatten(0, 1).permute(0, 3, 1, 2)

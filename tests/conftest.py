@@ -1,29 +1,61 @@
+"""What several test files share; `checkpoints` is a fixture, all else is imported by name."""
+
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from SparseModel import MODELS, build_model, new_checkpoint
 
-from Dataset import IMAGENET  # noqa: E402
-from SparseModel import build_model  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
+CLASSES = ["no_exercise", "plank", "squat"]
 
 torch.set_num_threads(2)
-CLASSES = ["no_exercise", "plank", "squat"]
 
 
 def write_video(path, frames, fps=30, fourcc="mp4v"):
-    """frames: uint8 (T, H, W, 3) in BGR."""
+    """frames: uint8 (T, H, W, 3) in BGR; folders on the way are made."""
     import cv2
 
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*fourcc), fps, frames[0].shape[1::-1])
+    size = frames[0].shape[1::-1]
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*fourcc), fps, size)
     assert writer.isOpened()
     for frame in frames:
         writer.write(frame)
     writer.release()
+
+
+def run(script, *arguments, cwd=ROOT, **environment):
+    """Run a script of the project as a user does, without a way to the network."""
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    closed = {"https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        env=os.environ | closed | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def fails_with(done, *words):
+    """A script ended with code 2 and one sentence, which holds the words; the sentence."""
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    sentence = done.stderr.strip().splitlines()[-1]
+    for word in words:
+        assert word in sentence
+    return sentence
+
+
+def relative(a, b):
+    """Distance of two tensors as a share of the length of the second."""
+    difference = a.double() - b.double()
+    return (difference.norm() / b.double().norm().clamp(min=1e-30)).item()
 
 
 def lively(name, num_classes=3, **kwargs):
@@ -31,14 +63,15 @@ def lively(name, num_classes=3, **kwargs):
     torch.manual_seed(0)
     model = build_model(name, num_classes, **kwargs)
     norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm3d)]
-    for m in norms:
-        m.momentum = None  # a plain mean: with 0.1 a few clips leave the statistics near 0 and 1, and deep maps vanish
+    for norm in norms:
+        # a plain mean: with 0.1 a few clips leave the statistics near 0 and 1, and deep maps vanish
+        norm.momentum = None
     with torch.no_grad():
         for _ in range(2):
             model(torch.randn(4, 3, 8, 48, 64))
-    for m in norms:
-        m.momentum = 0.1
-        torch.nn.init.normal_(m.bias, 0, 0.2)
+    for norm in norms:
+        norm.momentum = 0.1
+        torch.nn.init.normal_(norm.bias, 0, 0.2)
     torch.nn.init.normal_(model.classifier[1].weight, 0, 0.3)
     torch.nn.init.normal_(model.classifier[1].bias, 0, 0.3)
     return model.eval()
@@ -47,24 +80,11 @@ def lively(name, num_classes=3, **kwargs):
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
     """{model name: path of a checkpoint as Trainer.py writes it, with random weights}."""
-    folder, paths = tmp_path_factory.mktemp("checkpoints"), {}
-    for name in ("mobilenet_v2_3d", "pretrained_resnet"):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    paths = {}
+    for name in MODELS:
         paths[name] = folder / f"{name}.pt"
-        checkpoint = {
-            "format": 1,
-            "model_name": name,
-            "model_args": {"num_classes": len(CLASSES), "mode": "standard", "width_mult": 1.0},
-            "model": lively(name).state_dict(),
-            "classes": CLASSES,
-            "size": [64, 96],  # (W, H)
-            "clip_len": 16,
-            "clip_fps": 8.0,
-            "mean": list(IMAGENET[0]),
-            "std": list(IMAGENET[1]),
-            "weights": "none",
-            "epoch": 1,
-            "metrics": {},
-            "args": {},
-        }
+        checkpoint = new_checkpoint(lively(name), CLASSES, (64, 96), clip_len=16, clip_fps=8.0)
+        checkpoint["epoch"] = 1
         torch.save(checkpoint, paths[name])
     return paths
