@@ -1,14 +1,19 @@
-"""Videos to batches: decode -> transform -> sample -> batch; then where the files are, and the demo data set.
+"""Videos to batches: file -> frames -> geometry -> augmentation -> cache -> samples -> batches; then the folders.
 
-    data = ExerciseVideoDataModule("my_videos", size=(300, 400))     # my_videos/<class>/*.mp4
+    data = ExerciseVideoDataModule("my_videos", ClipFormat((300, 400), 16, 8.0))  # my_videos/<class>/*.mp4
     data.setup()
-    for clips, labels, items in data.train_dataloader():             # uint8 (B, T, C, H, W), int64 (B,), int64 (B,)
-        logits = model(normalize(clips.to(device), mean, std))
+    for batch in data.train_dataloader():  # a Batch: clips, labels, videos, centred
+        logits = model(model.prepare(batch.clips))
 
-Clips stay uint8, RGB, (T, C, H, W), until they are on the device that trains: a quarter of the bytes in every copy, and
-converting to float first made the augmentation 3.5 times slower. Sizes are (W, H) in pixels, as in 300x400.
+Clips stay uint8, RGB, (T, C, H, W), until they are on the device that trains: a quarter of the bytes in every copy,
+and converting to float first made the augmentation 3.5 times slower. Sizes are (W, H) in pixels, as in 300x400;
+sides and shapes of frames are (h, w), as in every array.
+
+To add a layout of folders: one function that returns `Video`s, and a line in `find_videos`. To add an augmentation:
+`TrainTransform`. The demo data set, which no other part needs, is drawn at the end.
 """
 
+import argparse
 import csv
 import filecmp
 import json
@@ -18,13 +23,14 @@ import random
 import shutil
 import signal
 import sys
-from collections import namedtuple
+from collections import defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # a broken file is reported by us, once, in one sentence
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # a broken file is reported once, by us
 
 import cv2
 import numpy as np
@@ -34,35 +40,144 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-cv2.setNumThreads(0)  # in workers too, which import or inherit this; torch itself gives each of them one thread
+cv2.setNumThreads(0)  # in workers too, which import or inherit this; torch gives each of them one
 
-CONTAINERS = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ts", ".gif"}
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std in RGB, for pixels in 0..1
-KINETICS = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)  # what torchvision's r3d_18 was trained with
+CONTAINERS = set(".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .wmv .flv .3gp .ts .gif".split())
+TOLERANCE = (
+    0.001  # seconds: a frame that starts this much before a time still counts as starting then
+)
+GREY = (124, 116, 104)  # RGB: ImageNet's mean, which is about 0 for the network
+
+
+# ------------------------------------------------------------------- shared by Trainer and HeatMap
 
 
 class UserError(Exception):
     """A mistake the user can mend; the scripts print it as one sentence and exit with code 2."""
 
 
-# ---------------------------------------------------------------------------------------------------------- decode
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Help with the defaults, the description as it is written, and lines of 100 columns."""
+
+    def __init__(self, prog, **options):
+        super().__init__(prog, max_help_position=30, width=100, **options)
+
+
+def boolean(text):
+    """argparse type; its own type=bool takes any text, "False" too, for true."""
+    if text.lower() in ("true", "yes", "1"):
+        return True
+    if text.lower() in ("false", "no", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+
+
+def between(low, high=math.inf, kind=int):
+    """argparse type: a finite number of the type `kind` from `low` to `high`."""
+
+    def number(text):
+        value = kind(text)
+        if not (math.isfinite(value) and low <= value <= high):
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return value
+
+    number.__name__ = kind.__name__  # argparse names it in the message for text that is no number
+    return number
+
+
+@contextmanager
+def replacing(path):
+    """Yields a path beside `path`; what the block writes there takes the place of `path` whole.
+
+    A kill, an error or a full disk leaves the old file. OSError and RuntimeError (torch.save turns
+    a full disk into one) become a UserError, also those from within the block.
+    """
+    path = Path(path)
+    part = path.with_name(f"{path.stem}.part{path.suffix}")  # the suffix may choose the format
+    try:
+        yield part
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        sentence = f"{path} can't be saved ({reason}): what was saved before stays"
+        raise UserError(sentence) from error
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def write_csv(path, rows):
+    """Write rows of values as comma-separated UTF-8 that replaces `path` whole."""
+    with replacing(path) as part:
+        with open(part, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(rows)
+
+
+def write_png(path, picture):
+    """Write a picture, uint8 (H, W, 3) in BGR, as PNG that replaces `path` whole."""
+    with replacing(path) as part:
+        part.write_bytes(cv2.imencode(".png", picture)[1])
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def run_script(main, name, stopped):
+    """Call main() and exit: 2 and one sentence for a UserError, 130 and `stopped` for Ctrl-C.
+
+    SIGTERM, which clusters and containers send before they kill, is taken for Ctrl-C.
+    """
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        main()
+    except UserError as error:
+        # from a loader process it comes with a traceback in front of the sentence
+        sentence = str(error).splitlines()[-1].removeprefix("Dataset.UserError: ")
+        sys.stderr.write(f"{name}: {sentence}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":  # torchrun's processes say it once
+            sys.stderr.write(f"\n{name}: {stopped}\n")
+        sys.exit(130)
+
+
+# ----------------------------------------------------------------------------------- file to frames
+
+ClipFormat = namedtuple("ClipFormat", "size length fps")
+ClipFormat.__doc__ = (
+    """What every clip is: size (W, H) in pixels, length in frames, fps of its time grid."""
+)
 
 
 class VideoReader:
-    """Frames of a file one after the other; `time` is that of the grabbed one in seconds. UserError names the file.
+    """Frames of a file one after the other; `time` is that of the grabbed one in seconds.
 
-    Nothing in the header is believed: frame counts, rates and sizes there are wrong in many real files.
+    Nothing in the header is believed: frame counts, rates and sizes there are wrong in many real
+    files. UserError names the file.
     """
 
     def __init__(self, path, threads=1):
         self.path = Path(path)
+        self.threads = threads
+        self.shape = (
+            None  # (h, w) of the first frame, or set by who knows it: all others must agree
+        )
         if not self.path.is_file():
             raise UserError(f"{path} does not exist or is not a file")
-        self.cap = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, threads])
+        self.open()
+
+    def open(self):
+        options = [cv2.CAP_PROP_N_THREADS, self.threads]
+        self.cap = cv2.VideoCapture(str(self.path), cv2.CAP_FFMPEG, options)
         if not self.cap.isOpened():
-            raise UserError(f"{path} can't be opened as a video (empty, damaged, or not a video)")
+            sentence = "can't be opened as a video (empty, damaged, or not a video)"
+            raise UserError(f"{self.path} {sentence}")
         fps = self.cap.get(cv2.CAP_PROP_FPS)
-        self.fps = fps if 1 <= fps <= 240 else 30.0  # a hint: for writing, and for frames that carry no time
+        # a hint: for writing, and for frames that carry no time
+        self.fps = fps if 1 <= fps <= 240 else 30.0
         self.time = -1 / self.fps
 
     def grab(self):
@@ -71,312 +186,417 @@ class VideoReader:
             return False
         time = self.cap.get(cv2.CAP_PROP_POS_MSEC) / 1000
         # AVI with B-frames reports 0 at times, and in damaged files times jump by hours
-        believable = self.time is None or 0 < time - self.time < 60
-        self.time = time if believable else self.time + 1 / self.fps
+        if self.time is None or 0 < time - self.time < 60:
+            self.time = time
+        else:
+            self.time += 1 / self.fps
         return True
 
     def frame(self):
-        """The grabbed frame, uint8 (H, W, 3) in BGR, upright (rotation flags are honoured by OpenCV)."""
+        """The grabbed frame, uint8 (H, W, 3) in BGR, upright: OpenCV honours rotation flags."""
         ok, frame = self.cap.retrieve()
         if not ok:
             raise UserError(f"{self.path} can't be decoded at {self.time:.2f} s")
+        self.shape = self.shape or frame.shape[:2]
+        if frame.shape[:2] != self.shape:  # OpenCV's writer would drop it without a word
+            raise UserError(f"{self.path} has another frame size at {self.time:.2f} s than before")
         return frame
 
     def jump_before(self, time):
-        """Continue from some frame before `time`, checked by that frame's own time, else from the start."""
+        """Continue from a frame before `time`, known by that frame's own time, or from the start."""
         for back in (0.2, 1, 4, 16):
             self.time = None  # whatever the next frame says
             if time > back and self.cap.set(cv2.CAP_PROP_POS_MSEC, 1000 * (time - back)):
                 if self.grab() and 0 < self.time <= time:
                     return
-        self.__init__(self.path)
+        self.open()
+
+
+Probe = namedtuple("Probe", "seconds height width times")
 
 
 def probe(path, all_times=False):
-    """(seconds until the last frame that decodes, height, width, times of all if asked for). UserError if none does."""
+    """The Probe of a file: seconds until the last frame that decodes, height and width.
+
+    `times` are those of all frames in seconds, if asked for, else none. UserError if no frame
+    decodes.
+    """
     video = VideoReader(path)
     if not video.grab():
         raise UserError(f"{path} holds no frame that can be decoded")
     height, width = video.frame().shape[:2]
-    times, seconds = [video.time], video.cap.get(cv2.CAP_PROP_FRAME_COUNT) / video.fps
-    if seconds > 20 and not all_times:  # near the end that the header promises; where that fails all is read
-        video.jump_before(seconds - 1)
+    times = [video.time]
+    promised = video.cap.get(cv2.CAP_PROP_FRAME_COUNT) / video.fps
+    # go on near the end that the header promises; where that fails all is read
+    if promised > 20 and not all_times:
+        video.jump_before(promised - 1)
     while video.grab():
         times.append(video.time)
-    return max(video.time, 0.0), height, width, np.round(times, 6).tolist() if all_times else []
+    listed = np.round(times, 6).tolist() if all_times else []
+    return Probe(max(video.time, 0.0), height, width, listed)
 
 
-def read_frames(path, times, source=None, part=None):
-    """For each of `times` (ascending, seconds) the first frame that starts then or later -> uint8 (T, C, H, W), RGB.
+def frames_at(video, times):
+    """Yields for each of `times` the first frame that starts then or later; ends with the video.
 
-    Whole, or of frames of the size `source` the central `part`, both (rows, columns). Channels are innermost in memory,
-    on which v2.Resize is fastest. UserError if the file ends over 0.5 s before the last time or changes its frame size.
+    times: seconds, ascending, may be endless. Frames are uint8 (H, W, 3) in BGR, and the very same
+    array while the picture does not change.
     """
-    video, frames, taken = VideoReader(path), None, None
+    frame = None
+    alive = video.grab()
+    for time in times:
+        while alive and video.time < time - TOLERANCE:
+            alive = video.grab()
+            frame = None
+        if not alive:
+            return
+        if frame is None:
+            frame = video.frame()
+        yield frame
+
+
+def read_frames(path, times, geometry=None):
+    """The frame of each of `times` (ascending, seconds) -> uint8 (T, C, H, W), RGB.
+
+    Whole frames, or of a file with that `geometry` its central `crop`. Channels are innermost in
+    memory, on which v2.Resize is fastest. UserError if the file ends over 0.5 s before the last
+    time, or has another frame size.
+    """
+    video = VideoReader(path)
+    if geometry:
+        video.shape = geometry.source
     if times[0] > 3:
         video.jump_before(times[0])
-    alive = video.grab()
-    for k, time in enumerate(times):
-        while alive and video.time < time - 0.001:
-            alive = video.grab()
-        if not alive and (k == 0 or time > video.time + 0.5):
-            raise UserError(f"{path} ends at {max(video.time, 0):.2f} s, before {time:.2f} s: it changed or is damaged")
-        if not alive or video.time == taken:
-            frames[k] = frames[k - 1]
-            continue
-        image, taken = video.frame(), video.time
-        source = source or image.shape[:2]
-        if image.shape[:2] != source:
-            raise UserError(f"{path} has another frame size at {taken:.2f} s than before")
-        rows, columns = part or source
-        y, x = (source[0] - rows) // 2, (source[1] - columns) // 2
-        frames = np.empty((len(times), rows, columns, 3), np.uint8) if frames is None else frames
-        cv2.cvtColor(image[y : y + rows, x : x + columns], cv2.COLOR_BGR2RGB, frames[k])
-    return torch.from_numpy(frames).permute(0, 3, 1, 2)
+    frames = []
+    for frame in frames_at(video, times):
+        rows, columns = geometry.crop if geometry else video.shape
+        y = (video.shape[0] - rows) // 2
+        x = (video.shape[1] - columns) // 2
+        frames.append(cv2.cvtColor(frame[y : y + rows, x : x + columns], cv2.COLOR_BGR2RGB))
+    missing = times[len(frames) :]
+    late = [time for time in missing if not frames or time > video.time + 0.5]
+    if late:
+        end = f"{path} ends at {max(video.time, 0):.2f} s"
+        raise UserError(f"{end}, before {late[0]:.2f} s: it changed or is damaged")
+    frames += frames[-1:] * len(missing)
+    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
 
 
-# ------------------------------------------------------------------------------------------------------- transform
+@contextmanager
+def quiet():
+    """OpenCV writes to stderr that VP8 has another tag in WebM, though the file is right."""
+    stderr = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
-def cover(height, width, size):
-    """(h, w) in pixels: the smallest frame of the same aspect that covers `size` = (W, H)."""
+def write_video(path, frames, fps, fourcc="mp4v"):
+    """Write frames, an iterable of uint8 (H, W, 3) in BGR, as they come; the suffix is the container.
+
+    Odd sides lose their last line, for the codecs take even ones only. UserError if the file can't
+    be opened.
+    """
+    writer = None
+    for frame in frames:
+        height, width = frame.shape[:2]
+        frame = frame[: height // 2 * 2, : width // 2 * 2]
+        if writer is None:
+            size = frame.shape[1::-1]
+            # not for every file: the process has one stderr, and the demo is written by threads
+            with quiet() if Path(path).suffix == ".webm" else nullcontext():
+                writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*fourcc), fps, size)
+            if not writer.isOpened():
+                sentence = "can't be written as video: check that the folder exists"
+                raise UserError(f"{path} {sentence} and may be written to")
+        writer.write(frame)
+    if writer is not None:
+        writer.release()
+
+
+# ----------------------------------------------------------------------------------------- geometry
+
+Geometry = namedtuple("Geometry", "source cover crop scaled kept")
+Geometry.__doc__ = """How frames of one size become clips; all sides are (h, w) in pixels.
+
+source: of the file. cover: the smallest frame of the same aspect that covers a clip. kept: the
+middle of that which is kept. crop: the middle of the source that `kept` comes from, the rest needs
+no work. scaled: what `crop` is resized to before it is cut to `kept`.
+"""
+
+
+def middle(height, width, size, margin=1.25):
+    """The Geometry of frames (height, width) for clips of `size` = (W, H).
+
+    At most `margin` times the clip is kept: random crops stay near the middle, where people stand.
+    """
+    W, H = size
+    # the short side first, and the long one rounded down to the same aspect
     if width > height:
-        return cover(width, height, size[::-1])[::-1]
-    w = max(size[0], -(-size[1] * width // height))
-    return w * height // width, w
+        h = max(H, math.ceil(W * height / width))
+        w = h * width // height
+    else:
+        w = max(W, math.ceil(H * width / height))
+        h = w * height // width
+
+    def side(source, cover, target):
+        kept = min(cover, int(target * margin))
+        cut = source - math.ceil(kept * source / cover)
+        crop = source - cut // 2 * 2  # the same on both sides
+        scaled = max(kept, round(crop * cover / source))
+        return crop, scaled, kept
+
+    rows = side(height, h, H)
+    columns = side(width, w, W)
+    return Geometry((height, width), (h, w), *zip(rows, columns, strict=True))
 
 
-def kept(height, width, size, margin=1.25):
-    """(h, w): `cover`, cut to `margin` times the target: random crops stay near the middle, where people stand."""
-    h, w = cover(height, width, size)
-    return min(h, int(size[1] * margin)), min(w, int(size[0] * margin))
+def resize(frames, geometry):
+    """uint8 (T, C, *source), or their central (T, C, *crop) -> (T, C, *kept)."""
+    frames = v2.functional.center_crop(frames, list(geometry.crop))
+    frames = v2.functional.resize(frames, list(geometry.scaled), antialias=True)
+    return v2.functional.center_crop(frames, list(geometry.kept))
 
 
-def needed(height, width, size):
-    """(rows, columns) of the middle of a source frame that `kept` comes from; the rest needs no work."""
-    sides = zip((height, width), cover(height, width, size), kept(height, width, size), strict=True)
-    return tuple(source - (source - math.ceil(part * source / whole)) // 2 * 2 for source, whole, part in sides)
-
-
-def resize(frames, size, source=None):
-    """uint8 (T, C, height, width), or the `needed` middle of frames of the size `source` -> (T, C, *kept)."""
-    height, width = source or frames.shape[-2:]
-    (h, w), inner, part = cover(height, width, size), kept(height, width, size), needed(height, width, size)
-    sides = [max(inner[0], round(part[0] * h / height)), max(inner[1], round(part[1] * w / width))]
-    frames = v2.functional.resize(v2.functional.center_crop(frames, list(part)), sides, antialias=True)
-    return v2.functional.center_crop(frames, list(inner))
+# ------------------------------------------------------------------------------------- augmentation
 
 
 class TrainTransform:
-    """Random zoom and shift, mirror, tilt: one draw for all frames of a clip. uint8 (T, C, h, w) -> (T, C, H, W).
+    """Random zoom and shift, mirror, tilt: one draw for all frames. uint8 (T, C, h, w) -> (T, C, H, W).
 
-    Draws and means what v2.RandomResizedCrop, v2.RandomHorizontalFlip and v2.RandomRotation do one after the other, but
-    in one pass over the pixels: the three are one affine map, whose coordinates all frames share.
+    Draws and means what v2.RandomResizedCrop, v2.RandomHorizontalFlip and v2.RandomRotation do one
+    after the other, but in one pass over the pixels: the three are one affine map, whose
+    coordinates all frames share.
     """
 
     def __init__(self, size):
-        self.size, self.rotation = size, v2.RandomRotation(10)
-        self.grey = [round(255 * m) for m in IMAGENET[0]]  # for corners that a rotation leaves empty: 0 to the network
-        rows, columns = np.indices(size[::-1], np.float32)
-        self.places = np.stack([columns - (size[0] - 1) / 2, rows - (size[1] - 1) / 2], -1)  # from the middle
+        W, H = size
+        self.size = size
+        self.rotation = v2.RandomRotation(10)
+        rows, columns = np.indices((H, W), np.float32)
+        self.places = np.stack([columns - (W - 1) / 2, rows - (H - 1) / 2], -1)  # from the middle
 
     def __call__(self, frames):
         W, H = self.size
-        # 60 to 100 % of the largest box of the target's shape, its aspect within 10 %, so that people are not squeezed
+        # 60 to 100 % of the largest box of the clip's shape, its aspect within 10 %, so that people
+        # are not squeezed
         whole = W * H / (frames.shape[-2] * frames.shape[-1])
-        crop = v2.RandomResizedCrop((H, W), scale=(0.6 * whole, whole), ratio=(0.9 * W / H, 1.1 * W / H))
+        aspect = (0.9 * W / H, 1.1 * W / H)
+        crop = v2.RandomResizedCrop((H, W), scale=(0.6 * whole, whole), ratio=aspect)
         top, left, h, w = crop.make_params([frames]).values()
         mirror = -1 if torch.rand(1) < 0.5 else 1
         angle = self.rotation.make_params([frames])["angle"]
-        # Where in the box each pixel of the clip comes from: turned back about the middle, then shrunk to the box
-        back = np.diag([mirror * w / W, h / H]) @ cv2.getRotationMatrix2D((0, 0), -angle, 1)[:, :2]
-        places = cv2.transform(self.places, np.column_stack([back, [(w - 1) / 2, (h - 1) / 2]]))
-        maps = cv2.convertMaps(places, None, cv2.CV_16SC2)
+
+        # where in the box each pixel of the clip comes from: turned back, then shrunk to the box
+        turn = cv2.getRotationMatrix2D((0, 0), -angle, 1)[:, :2]
+        back = np.diag([mirror * w / W, h / H]) @ turn
+        affine = np.column_stack([back, [(w - 1) / 2, (h - 1) / 2]])
+        maps = cv2.convertMaps(cv2.transform(self.places, affine), None, cv2.CV_16SC2)
+
+        # the same map for every frame
+        boxes = frames.permute(0, 2, 3, 1)[:, top : top + h, left : left + w].numpy()
         clip = np.empty((len(frames), H, W, 3), np.uint8)
-        for image, out in zip(frames.permute(0, 2, 3, 1)[:, top : top + h, left : left + w].numpy(), clip, strict=True):
-            cv2.remap(image, *maps, cv2.INTER_LINEAR, out, cv2.BORDER_CONSTANT, self.grey)
+        for box, out in zip(boxes, clip, strict=True):
+            cv2.remap(box, *maps, cv2.INTER_LINEAR, out, cv2.BORDER_CONSTANT, GREY)
         return torch.from_numpy(clip).permute(0, 3, 1, 2)
 
 
-def normalize(clips, mean, std):
-    """uint8 (B, T, C, H, W) on any device -> float32 (B, C, T, H, W), channels innermost in memory."""
-    clips = v2.functional.normalize(v2.functional.to_dtype(clips, torch.float32, scale=True), mean, std)
-    return clips.transpose(1, 2).contiguous(memory_format=torch.channels_last_3d)
-
-
-# --------------------------------------------------------------------------------------------------------- dataset
-
-
-# A stretch of a video from which clips are drawn: the number of its class, start and end in seconds, sides in pixels
-Segment = namedtuple("Segment", "path label start end height width")
+# -------------------------------------------------------------------------------------------- cache
 
 
 def shared_bytes(count):
     """uint8 zeros (count,), at least one, that forked and spawned workers share.
 
-    On Linux without a name: a crash leaves no file behind, and a small /dev/shm is no limit. Pages are taken when used.
+    On Linux without a name: a crash leaves no file behind, and a small /dev/shm is no limit. Pages
+    are taken when used.
     """
     count = max(1, count)
     if not hasattr(os, "memfd_create"):
         return torch.zeros(count, dtype=torch.uint8).share_memory_()
     with open(os.memfd_create("clips"), "wb") as file:
         file.truncate(count)
-        block = torch.UntypedStorage._new_shared_fd_cpu(file.fileno(), count)  # as torch's workers do with /dev/shm
+        # as torch's workers do with /dev/shm
+        block = torch.UntypedStorage._new_shared_fd_cpu(file.fileno(), count)
     return torch.empty(0, dtype=torch.uint8).set_(block)
+
+
+class FrameCache:
+    """Decoded and resized frames in RAM, before any augmentation, for all workers together.
+
+    segments: those that `wanted` names. wanted: {path: (numbers on its time grid, sides (h, w))}.
+    Files are taken in this order as long as they fit into `budget` bytes; `nbytes` is what they
+    may take.
+    """
+
+    def __init__(self, wanted, budget):
+        self.places = {}  # {path: {number on its grid: (place among all frames, first byte)}}
+        self.nbytes = 0
+        count = 0
+        for path, (numbers, (h, w)) in wanted.items():
+            if self.nbytes + len(numbers) * 3 * h * w > budget:
+                break
+            self.places[path] = {}
+            for number in sorted(numbers):
+                self.places[path][number] = (count, self.nbytes)
+                count += 1
+                self.nbytes += 3 * h * w
+        self.frames = shared_bytes(self.nbytes)
+        self.filled = shared_bytes(count)  # 1 where a frame is there
+
+    def view(self, segment, numbers):
+        """(which are there (T,), frames (T, C, h, w)): both are views of the shared memory."""
+        place, byte = self.places[segment.path][numbers[0]]  # neighbours stay neighbours
+        shape = (len(numbers), *segment.geometry.kept, 3)
+        frames = self.frames[byte : byte + math.prod(shape)].view(shape)
+        return self.filled[place : place + len(numbers)], frames.permute(0, 3, 1, 2)
+
+    def get(self, segment, numbers):
+        """uint8 (T, C, h, w) of neighbouring frames, or None where one is missing."""
+        if segment.path not in self.places:
+            return None
+        filled, frames = self.view(segment, numbers)
+        return frames if filled.all() else None
+
+    def put(self, segment, numbers, frames):
+        """Keep frames, if their file is one of those that fit."""
+        if segment.path in self.places:
+            filled, cached = self.view(segment, numbers)
+            cached.copy_(frames)
+            filled.fill_(1)  # last, for another worker may look
+
+
+# ------------------------------------------------------------------------------------------ samples
+
+Segment = namedtuple("Segment", "path label start end geometry")
+Segment.__doc__ = (
+    """A stretch of a video: number of its class, start and end in seconds, Geometry."""
+)
+
+Item = namedtuple("Item", "segment start centred")
+Item.__doc__ = """A clip of a data set: number of its segment; first frame from the segment's start
+on the time grid, or None for a random one; whether it is the clip in the segment's middle."""
+
+Sample = namedtuple("Sample", "clip label video centred")
+Sample.__doc__ = (
+    """A clip uint8 (T, C, H, W), number of its class, of its segment, and Item.centred."""
+)
 
 
 def spread(room, count):
     """At most `count` starts from 0 to `room`, evenly apart, one of them in the middle: room // 2."""
     starts = [round(room * k / max(1, count - 1)) for k in range(count)]
-    starts[min(range(count), key=lambda k: abs(starts[k] - room // 2))] = room // 2
+    nearest = min(range(count), key=lambda k: abs(starts[k] - room // 2))
+    starts[nearest] = room // 2
     return sorted(set(starts))
 
 
 class ExerciseVideoDataset(Dataset):
-    """Items: (clip, label, i); the clip is uint8 (T, C, H, W), `clip_len` frames on a time grid of `clip_fps`.
+    """Samples of segments. One is asked for by its number i in `items`, or by (i, seed): then start
+    and augmentation come from that seed alone.
 
-    An item is asked for by i, or by (i, seed): then start and augmentation come from that seed alone.
-
-    Training: an item a segment, with random start and augmentation. Validation: `clips_per_video` items a segment,
-    from its start to its end, cropped at the centre. A segment shorter than a clip is looped: holding its last frame
-    would turn a squat into a held squat. `items` lists (number of the segment, first frame on the grid or None for a
-    random one, whether that is the clip in the middle). With `debug_dir` the first 10 samples are written there.
+    Training: an item per segment, with random start and augmentation. Validation: up to
+    `clips_per_video` items per segment, from its start to its end, cropped at the centre. A segment
+    shorter than a clip is looped: holding its last frame would turn a squat into a held squat.
+    clip: a ClipFormat. With `debug_dir` the first 10 samples are written there.
     """
 
-    def __init__(self, segments, size, clip_len=16, clip_fps=8.0, training=False, debug_dir=None, clips_per_video=1):
-        self.segments, self.size, self.clip_len, self.clip_fps = segments, size, clip_len, clip_fps
-        self.training, self.debug_dir, self.saved = training, debug_dir, 0
-        self.transform = TrainTransform(size) if training else v2.CenterCrop((size[1], size[0]))
-        self.items, self.cache = [], {}
-        for index in range(len(segments)):
-            room = max(0, len(self.file_grid(index)) - clip_len)
+    def __init__(self, segments, clip, training=False, clips_per_video=1, debug_dir=None):
+        W, H = clip.size
+        self.segments = segments
+        self.clip = clip
+        self.debug_dir = debug_dir
+        self.saved = 0
+        self.cache = FrameCache({}, 0)
+        self.transform = TrainTransform(clip.size) if training else v2.CenterCrop((H, W))
+        self.items = []
+        for number, segment in enumerate(segments):
+            room = max(0, len(self.file_grid(segment)) - clip.length)
             starts = [None] if training else spread(room, clips_per_video)
-            self.items += [(index, start, start == room // 2) for start in starts]
+            self.items += [Item(number, start, start == room // 2) for start in starts]
 
     def __len__(self):
         return len(self.items)
 
-    def file_grid(self, index):
+    def file_grid(self, segment):
         """Numbers of a segment's frames on the time grid of its file, at least one."""
-        _, _, start, end, _, _ = self.segments[index]
-        first = round(start * self.clip_fps)
-        return range(first, first + int((end - start) * self.clip_fps + 1e-6) + 1)
+        first = round(segment.start * self.clip.fps)
+        return range(first, first + int((segment.end - segment.start) * self.clip.fps + 1e-6) + 1)
 
     def keep_in_memory(self, budget):
-        """Keep decoded and resized frames, as they come and before any augmentation, for all workers together.
+        """Keep frames in a FrameCache of at most `budget` bytes; how many bytes it may take."""
+        wanted = {}
+        for item in self.items:
+            segment = self.segments[item.segment]
+            grid = self.file_grid(segment)
+            if item.start is not None:
+                grid = grid[item.start : item.start + self.clip.length]
+            numbers, _ = wanted.setdefault(segment.path, (set(), segment.geometry.kept))
+            numbers.update(grid)
+        self.cache = FrameCache(wanted, budget)
+        return self.cache.nbytes
 
-        Files beyond `budget` bytes are decoded every time. Returns the number of bytes that may be taken.
-        """
-        wanted, self.cache, used, slots = {}, {}, 0, 0
-        for index, start, _ in self.items:
-            s, grid = self.segments[index], self.file_grid(index)
-            grid = grid if start is None else grid[start : start + self.clip_len]
-            wanted.setdefault((s.path, *kept(s.height, s.width, self.size)), set()).update(grid)
-        for (path, h, w), grid in wanted.items():
-            count, nbytes = len(grid), 3 * h * w
-            if used + count * nbytes > budget:
-                break
-            self.cache[path] = {number: (used + k * nbytes, slots + k) for k, number in enumerate(sorted(grid))}
-            used, slots = used + count * nbytes, slots + count
-        self.frames, self.filled = shared_bytes(used), shared_bytes(slots)
-        return used
-
-    def read(self, index, grid):
-        """Resized frames at the neighbouring numbers `grid` of a file's time grid -> uint8 (T, C, h, w)."""
-        path, source = self.segments[index].path, self.segments[index][-2:]
-        if path in self.cache:
-            shape = len(grid), *kept(*source, self.size), 3
-            byte, slot = self.cache[path][grid[0]]  # neighbours on the grid are neighbours in the cache
-            cached = self.frames[byte : byte + math.prod(shape)].view(shape).permute(0, 3, 1, 2)
-            filled = self.filled[slot : slot + len(grid)]
-            if filled.all():
-                return cached
-        times = [number / self.clip_fps for number in grid]
-        frames = resize(read_frames(path, times, source, needed(*source, self.size)), self.size, source)
-        if path in self.cache:
-            cached.copy_(frames)
-            filled.fill_(1)  # last, for another worker may look
+    def read(self, segment, numbers):
+        """Resized frames at neighbouring numbers of a file's time grid -> uint8 (T, C, h, w)."""
+        frames = self.cache.get(segment, numbers)
+        if frames is None:
+            times = [number / self.clip.fps for number in numbers]
+            frames = read_frames(segment.path, times, segment.geometry)
+            frames = resize(frames, segment.geometry)
+            self.cache.put(segment, numbers, frames)
         return frames
 
-    def __getitem__(self, item):
-        if isinstance(item, tuple):
+    def __getitem__(self, i):
+        if isinstance(i, tuple):
+            i, seed = i
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(item[1])
-                return self[item[0]]
-        index, start, _ = self.items[item]
-        grid = self.file_grid(index)
+                torch.manual_seed(seed)
+                return self[i]
+        item = self.items[i]
+        segment = self.segments[item.segment]
+        grid = self.file_grid(segment)
+        length = self.clip.length
+        start = item.start
         if start is None:
-            start = int(torch.randint(max(0, len(grid) - self.clip_len) + 1, ()))
-        frames = self.read(index, grid[start : start + self.clip_len])
-        if len(frames) < self.clip_len:
-            frames = frames[torch.arange(self.clip_len) % len(frames)]
+            start = int(torch.randint(max(0, len(grid) - length) + 1, ()))
+        frames = self.read(segment, grid[start : start + length])
+        if len(frames) < length:
+            frames = frames[torch.arange(length) % len(frames)]
         clip = self.transform(frames)
         if self.debug_dir and self.saved < 10:
-            self._save_debug_sample(index, frames, clip)
-        return clip, self.segments[index].label, item
+            self._save_debug_sample(segment, frames, clip)
+        return Sample(clip, segment.label, item.segment, item.centred)
 
-    def _save_debug_sample(self, index, frames, clip):
-        """Both videos, and a contact sheet with every second frame: above as read, below as trained on."""
+    def _save_debug_sample(self, segment, frames, clip):
+        """Both videos, and a contact sheet of every second frame: above as read, below as trained on."""
         self.debug_dir.mkdir(exist_ok=True)
-        path, label, start, *_ = self.segments[index]
-        stem = self.debug_dir / f"{self.saved:02d}_{path.parent.name}_{path.stem}_{start:g}s_class{label}"
+        name = f"{segment.path.parent.name}_{segment.path.stem}_{segment.start:g}s"
+        stem = self.debug_dir / f"{self.saved:02d}_{name}_class{segment.label}"
         self._save_debug_video(frames, f"{stem}_orig.mp4")
-        self._save_debug_video(normalize(clip[None], *IMAGENET)[0], f"{stem}_aug.mp4")  # as the network gets it
-        rows = frames[::2], v2.functional.center_crop(clip, list(frames.shape[-2:]))[::2]
-        sheet = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)  # (C, 2 h, T/2 w)
-        sheet = v2.functional.resize(sheet, [sheet.shape[1] * 1600 // sheet.shape[2], 1600], antialias=True)
-        cv2.imwrite(f"{stem}.png", cv2.cvtColor(sheet.permute(1, 2, 0).numpy(), cv2.COLOR_RGB2BGR))
+        self._save_debug_video(clip, f"{stem}_aug.mp4")
+        below = v2.functional.center_crop(clip, list(frames.shape[-2:]))
+        rows = [torch.cat(list(row[::2]), dim=2) for row in (frames, below)]
+        sheet = torch.cat(rows, dim=1)  # (C, 2 h, T/2 w)
+        height = sheet.shape[1] * 1600 // sheet.shape[2]
+        sheet = v2.functional.resize(sheet, [height, 1600], antialias=True)
+        write_png(f"{stem}.png", cv2.cvtColor(sheet.permute(1, 2, 0).numpy(), cv2.COLOR_RGB2BGR))
         self.saved += 1
 
-    def _save_debug_video(self, clip, path, mean=IMAGENET[0], std=IMAGENET[1]):
-        """Write uint8 (T, C, H, W), or normalised float32 (C, T, H, W) in its true colours, as mp4."""
-        if clip.is_floating_point():
-            clip = clip.transpose(0, 1) * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
-            clip = (clip * 255).round().clamp(0, 255).to(torch.uint8)
-        clip = clip[..., : clip.shape[2] // 2 * 2, : clip.shape[3] // 2 * 2]  # mp4v takes even sizes only
-        writer = open_writer(path, "mp4v", self.clip_fps, (clip.shape[3], clip.shape[2]))
-        for frame in clip.permute(0, 2, 3, 1).numpy():
-            writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
-        writer.release()
+    def _save_debug_video(self, clip, path):
+        """Write a clip, uint8 (T, C, H, W) in RGB, in its true colours as mp4."""
+        images = clip.permute(0, 2, 3, 1).numpy()
+        frames = (cv2.cvtColor(image, cv2.COLOR_RGB2BGR) for image in images)
+        write_video(path, frames, self.clip.fps)
 
 
-def open_writer(path, fourcc, fps, size):
-    """A cv2.VideoWriter for frames of `size` = (W, H) that is known to be open; UserError naming the path if not."""
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*fourcc), fps, size)
-    if not writer.isOpened():
-        raise UserError(f"{path} can't be written as video: check that the folder exists and may be written to")
-    return writer
+# ------------------------------------------------------------------------------------------ batches
 
-
-# ----------------------------------------------------------------------------------------------------------- batch
-
-
-class EpochBatches(Sampler):
-    """Batches of one process of `world`, drawn anew in each `epoch`, which whoever trains sets before it starts.
-
-    Training (shuffle): lists of (i, seed), nearly equally long, so that no tiny batch spoils the batch norm; each
-    process takes its part of every one of them. Validation: lists of every world-th i.
-    """
-
-    def __init__(self, n, batch_size, seed, shuffle, rank=0, world=1):
-        self.n, self.batch_size, self.seed, self.shuffle = n, batch_size, seed, shuffle
-        self.rank, self.world, self.epoch = rank, world, 0
-        if shuffle and (smallest := n // max(1, len(self))) < world:
-            raise UserError(f"{world} processes share batches of {smallest} clips: start fewer, or raise --batch-size")
-
-    def __len__(self):
-        if self.shuffle:
-            return math.ceil(self.n / self.batch_size)
-        return math.ceil(len(range(self.rank, self.n, self.world)) / max(1, self.batch_size // self.world))
-
-    def __iter__(self):
-        items = list(range(self.rank, self.n, self.world))
-        if self.shuffle:
-            rng = random.Random(f"{self.seed} {self.epoch}")
-            items = [(i, rng.getrandbits(63)) for i in rng.sample(range(self.n), self.n)]
-        for k in range(len(self)):
-            batch = share(items, k, len(self))
-            yield share(batch, self.rank, self.world) if self.shuffle else batch
+Batch = namedtuple("Batch", "clips labels videos centred")
+Batch.__doc__ = """clips uint8 (B, T, C, H, W), channels innermost in memory; labels int64 (B,); videos
+int64 (B,), the numbers of their segments; centred bool (B,), whether it is the clip in the middle."""
 
 
 def share(items, k, parts):
@@ -384,132 +604,249 @@ def share(items, k, parts):
     return items[len(items) * k // parts : len(items) * (k + 1) // parts]
 
 
-def collate(samples):
-    """Samples -> clips uint8 (B, T, C, H, W) with channels innermost in memory, labels int64 (B,), items int64 (B,).
+class EpochBatches(Sampler):
+    """Batches of one process of `world`, drawn anew in each `epoch`, which whoever trains sets first.
 
-    Not by /dev/shm, which has 64 MB in many containers: a batch of 16 at 300x400 is 92 MB.
+    Training (shuffle): lists of (i, seed), nearly equally long, so that no tiny batch spoils the
+    batch norm; each process takes its part of every one of them. Validation: lists of every
+    world-th i.
     """
-    clips, labels, items = zip(*samples, strict=True)
+
+    def __init__(self, n, batch_size, seed, shuffle, rank=0, world=1):
+        self.n = n
+        self.batch_size = batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.rank = rank
+        self.world = world
+        self.epoch = 0
+        smallest = min(self.batch_sizes, default=0)
+        if shuffle and smallest < world:
+            sentence = f"{world} processes share batches of {smallest} clips: start fewer"
+            raise UserError(f"{sentence}, or raise --batch-size")
+
+    @property
+    def batch_sizes(self):
+        """Clips of each batch of training, over all processes."""
+        return [len(share(range(self.n), k, len(self))) for k in range(len(self))]
+
+    def __len__(self):
+        if self.shuffle:
+            return math.ceil(self.n / self.batch_size)
+        own_clips = len(range(self.rank, self.n, self.world))
+        return math.ceil(own_clips / max(1, self.batch_size // self.world))
+
+    def __iter__(self):
+        items = list(range(self.rank, self.n, self.world))
+        if self.shuffle:
+            rng = random.Random(f"{self.seed} {self.epoch}")
+            order = rng.sample(range(self.n), self.n)
+            items = [(i, rng.getrandbits(63)) for i in order]
+        for k in range(len(self)):
+            batch = share(items, k, len(self))
+            yield share(batch, self.rank, self.world) if self.shuffle else batch
+
+
+def collate(samples):
+    """Samples -> Batch; not by /dev/shm, which has 64 MB in many containers (16 clips of 300x400: 92)."""
+    clips, labels, videos, centred = zip(*samples, strict=True)
     images = [clip.permute(0, 2, 3, 1) for clip in clips]
-    shape = len(images), *images[0].shape
-    batch = torch.stack(images, out=shared_bytes(math.prod(shape)).view(shape) if get_worker_info() else None)
-    return batch.permute(0, 1, 4, 2, 3), torch.tensor(labels), torch.tensor(items)
+    shape = (len(images), *images[0].shape)
+    out = shared_bytes(math.prod(shape)).view(shape) if get_worker_info() else None
+    batch = torch.stack(images, out=out).permute(0, 1, 4, 2, 3)
+    return Batch(batch, torch.tensor(labels), torch.tensor(videos), torch.tensor(centred))
 
 
 def start_worker(_):
-    """Ctrl-C is for the main process; the workers, which it ends by a signal, still remove torch's temporary folder."""
+    """Ctrl-C is for the main process; its workers, ended by a signal, still remove torch's folder."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
 
 
-# ----------------------------------------------------------------------------------------------------------- layout
+# ----------------------------------------------------------------------- folders to a table of rows
 
-LAYOUTS = """{0}/<class>/<id>.mp4 (optionally with {0}/split.csv), or {0}/videos/<id>.mp4 with \
-{0}/labels/<id>.csv (in each line a frame's number first and its label last, -1 for no exercise)"""
-PARTS = "train", "val", "test"
+USAGE = """--data takes {0}/<class>/<id>.mp4 (optionally with {0}/split.csv), or \
+{0}/videos/<id>.mp4 with {0}/labels/<id>.csv (in each line a frame's number first and its label \
+last, -1 for no exercise)"""
+PARTS = ("train", "val", "test")
+NO_EXERCISE = -1
 UNLABELLED = -2
+
+Video = namedtuple("Video", "path part name labels")
+Video.__doc__ = """A file: train, val, test, or None before the split; the name of its class, and None;
+or of a recording "", and int64 (n,), the label of each of its frames."""
+
+Row = namedtuple("Row", "path part name start end")
+Row.__doc__ = """A stretch of a video with one class: the name of that; start and end in seconds."""
 
 
 def read_table(path, header=None):
-    """Rows of a csv file as lists of texts; below `header`, two names, if that is given. UserError naming the file."""
+    """Rows of a csv file as lists of texts; below `header`, two names, if that is given.
+
+    UserError naming the file.
+    """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = [[cell.strip() for cell in row] for row in csv.reader(file) if row]
+            rows = [row for row in csv.reader(file) if row]
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{path} can't be read as comma-separated text: {error}") from error
-    if header and (rows[:1] != [header] or min(map(len, rows)) < 2):
-        raise UserError(f"{path} should begin with the line {','.join(header)} and hold two columns")
-    return rows[1:] if header else rows
-
-
-def class_folders(root):
-    """[(video, name of its folder)] of root/<folder>/*; hidden folders are passed over."""
-    files = sorted(p for p in root.glob("[!.]*/*") if p.suffix.lower() in CONTAINERS and p.is_file())
-    return [(path, path.parent.name) for path in files]
+    rows = [[cell.strip() for cell in row] for row in rows]
+    if header is None:
+        return rows
+    if rows[:1] != [header] or min(map(len, rows)) < 2:
+        names = ",".join(header)
+        raise UserError(f"{path} should begin with the line {names} and hold two columns")
+    return rows[1:]
 
 
 def read_labels(path):
-    """The label of each frame of a recording by its csv file, int64 (n,); UNLABELLED where it names none."""
+    """The label of each frame of a recording, int64 (n,); UNLABELLED where its csv file names none."""
     try:
-        rows = np.array([(int(row[0]), int(row[-1])) for row in read_table(path)], dtype=np.int64).reshape(-1, 2)
+        pairs = [(int(row[0]), int(row[-1])) for row in read_table(path)]
+        frames, values = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
     except (ValueError, OverflowError) as error:
-        raise UserError(f"{path} should hold a frame number first and a label last in each line: {error}") from error
-    frames, values = rows.T
-    if frames.min(initial=0) < 0 or frames.max(initial=0) > 1e8 or values.min(initial=0) < -1:
-        raise UserError(f"{path} should hold frame numbers from 0 or 1 to 1e8, and no label below -1")
-    labels = np.full(frames.max(initial=0) + 1, UNLABELLED)
+        sentence = "should hold a frame number first and a label last in each line"
+        raise UserError(f"{path} {sentence}: {error}") from error
+    last = frames.max(initial=0)
+    if frames.min(initial=0) < 0 or last > 1e8 or values.min(initial=0) < NO_EXERCISE:
+        sentence = "should hold frame numbers from 0 or 1 to 1e8, and no label below -1"
+        raise UserError(f"{path} {sentence}")
+    labels = np.full(last + 1, UNLABELLED)
     labels[frames] = values
     return labels if 0 in frames else labels[1:]  # counted from 0, or from 1
 
 
-def windows(labels, times, clip_len, clip_fps):
-    """[(label, start, end)] in seconds of windows that slide by half a clip, from the label and the time of each frame.
+def windows(labels, times, clip):
+    """[(label, start, end)] in seconds of windows that slide by half a clip over a recording.
 
-    The label is that of the window's middle; where it holds for less than 60 % of the window, the window mixes two
-    about equally and is left out.
+    labels, times: of each frame. The label is that of the window's middle; where it holds for less
+    than 60 % of the window, the window mixes two about equally and is left out.
     """
-    moments = np.arange(int(times[-1] * clip_fps + 1e-6) + 1) / clip_fps
-    frames = np.searchsorted(times, moments - 0.001)  # those that `read_frames` takes
+    moments = np.arange(int(times[-1] * clip.fps + 1e-6) + 1) / clip.fps
+    frames = np.searchsorted(times, moments - TOLERANCE)  # those that `frames_at` takes
     on_grid = np.append(labels, UNLABELLED)[np.minimum(frames, len(labels))]
     found = []
-    for first in range(0, max(1, len(on_grid) - clip_len + 1), max(1, clip_len // 2)):
-        inside = on_grid[first : first + clip_len]
-        middle = inside[len(inside) // 2]
-        if middle != UNLABELLED and (inside == middle).mean() >= 0.6:
-            found.append((int(middle), first / clip_fps, (first + len(inside) - 1) / clip_fps))
+    step = max(1, clip.length // 2)
+    for first in range(0, max(1, len(on_grid) - clip.length + 1), step):
+        inside = on_grid[first : first + clip.length]
+        label = inside[len(inside) // 2]
+        if label != UNLABELLED and (inside == label).mean() >= 0.6:
+            last = first + len(inside) - 1
+            found.append((int(label), first / clip.fps, last / clip.fps))
     return found
 
 
+def video_files(root, pattern):
+    """Sorted videos of a folder that match; the names of files do not tell their class."""
+    files = sorted(root.glob(pattern))
+    return [path for path in files if path.suffix.lower() in CONTAINERS and path.is_file()]
+
+
+def class_folders(root, part=None):
+    """The layout root/<class>/<id>.mp4; hidden folders are passed over."""
+    return [Video(path, part, path.parent.name, None) for path in video_files(root, "[!.]*/*")]
+
+
+def part_folders(root):
+    """The layout root/<train, val, test>/<class>/<id>.mp4, which is split already."""
+    videos = []
+    for part in PARTS:
+        videos += class_folders(root / part, part)
+    return videos
+
+
+def recordings(root, notes):
+    """The layout root/videos/<id>.mp4 with root/labels/<id>.csv; notes tell what has no labels."""
+    videos = []
+    for path in video_files(root, "videos/*"):
+        table = root / "labels" / f"{path.stem}.csv"
+        if table.is_file():
+            videos.append(Video(path, None, "", read_labels(table)))
+        else:
+            notes.append(f"left out: {path}, because there is no {table}")
+    return videos
+
+
 def split_by_table(videos, path, seed, notes):
-    """[(video, class)] -> {part: [(video, class)]} by a csv file of id,split; notes name what it lacks."""
+    """The videos that a csv file of id,split lists, with their part; notes tell what it lacks."""
     table = {}
     for name, part, *_ in read_table(path, ["id", "split"]):
         if part not in PARTS:
-            raise UserError(f"{path} puts {name} into {part!r}, which is none of {', '.join(PARTS)}")
+            raise UserError(
+                f"{path} puts {name} into {part!r}, which is none of {', '.join(PARTS)}"
+            )
         if table.setdefault(name, part) != part:
             raise UserError(f"{path} puts {name} into both {table[name]} and {part}")
-    if missing := [video.name for video, _ in videos if video.stem not in table]:
-        notes.append(f"left out: {len(missing)} videos that {path} does not list: {', '.join(missing)}")
-    parts = {part: [video for video in videos if table.get(video[0].stem) == part] for part in PARTS}
-    if not parts["val"]:
-        notes.append(f"{path} lists none for val: a fifth of those for train validate, drawn by the seed")
-        parts["train"], parts["val"] = split_by_video(parts["train"], seed)
-    return parts
+    listed = [v._replace(part=table[v.path.stem]) for v in videos if v.path.stem in table]
+    missing = [video.path.name for video in videos if video.path.stem not in table]
+    if missing:
+        names = ", ".join(missing)
+        notes.append(f"left out: {len(missing)} videos that {path} does not list: {names}")
+    if any(video.part == "val" for video in listed):
+        return listed
+    notes.append(
+        f"{path} lists none for val: a fifth of those for train validate, drawn by the seed"
+    )
+    train = [video for video in listed if video.part == "train"]
+    test = [video for video in listed if video.part == "test"]
+    return split_by_video(train, seed) + test
 
 
 def split_by_video(videos, seed):
-    """[(video, class)] -> (train, val): 20 % of each class to val, but at least one of two."""
-    classes, val = {}, set()
-    for path, name in videos:
-        classes.setdefault(name, []).append(path)
+    """The videos with their part: 20 % of each class to val, but at least one of two."""
+    classes = defaultdict(list)
+    for video in videos:
+        classes[video.name].append(video.path)
+    val = set()
     for name, paths in classes.items():
         n_val = max(1, round(0.2 * len(paths))) if len(paths) > 1 else 0
         val.update(random.Random(f"{seed} {name}").sample(paths, len(paths))[:n_val])
-    return [video for video in videos if video[0] not in val], [video for video in videos if video[0] in val]
+    return [v._replace(part="val" if v.path in val else "train") for v in videos]
 
 
-def refuse_twins(train, others):
-    """UserError if one of the files `others` has the same content as one of `train`."""
-    by_size = {}
-    for path in train:
-        by_size.setdefault(path.stat().st_size, []).append(path)
-    for path in others:
-        for twin in by_size.get(path.stat().st_size, []):
-            if filecmp.cmp(path, twin, shallow=False):
-                raise UserError(f"{path} is the same video as {twin}, which is trained on: remove one of the two")
+def find_videos(root, seed, notes):
+    """The Videos of a folder, whatever its layout, split into parts; notes tell what was found."""
+    if not root.is_dir():
+        raise UserError(f"{root} is not a folder: {USAGE.format(root)}")
+    if (root / "train").is_dir() and (root / "val").is_dir():
+        notes.append(f"{root} holds class folders in train and val")
+        return part_folders(root)
+    if (root / "videos").is_dir() and (root / "labels").is_dir():
+        videos = recordings(root, notes)
+        count = len(videos)
+        kind = "untrimmed recordings with labels"
+    else:
+        videos = class_folders(root)
+        count = len({video.name for video in videos})
+        kind = "class folders with videos"
+    notes.append(f"{root} holds {count} {kind}")
+    if count < 2:
+        raise UserError(f"{notes[-1]} where at least 2 are needed: {USAGE.format(root)}")
+    table = root / "split.csv"
+    if table.is_file():
+        return split_by_table(videos, table, seed, notes)
+    notes.append(
+        f"split by video: if one person is in several, keep them together by {table} "
+        "(the line id,split, then lines of a name without .mp4 and train, val or test)"
+    )
+    return split_by_video(videos, seed)
 
 
 def check_files(paths, all_times, quiet):
-    """`probe` all files in parallel -> ({path: what it returned}, {path: a sentence on what is wrong}).
+    """`probe` all files in parallel -> ({path: its Probe}, {path: a sentence on what is wrong}).
 
-    What was found is remembered in the user's cache folder until the size or the time of the file change.
+    What was found is remembered in the user's cache folder until the size or the time of the file
+    change.
     """
-    store = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "exercise_videos.json"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    store = folder / "exercise_videos.json"
     try:
         known = json.loads(store.read_text())
     except (OSError, ValueError):  # none yet, or damaged
         known = {}
-    before, good, bad = len(known), {}, {}
+    known_before = len(known)
+    good = {}
+    bad = {}
 
     def check(path):
         try:
@@ -517,150 +854,217 @@ def check_files(paths, all_times, quiet):
             key = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {all_times}"
             if key not in known:
                 known[key] = probe(path, all_times)
-            good[path] = known[key]
+            good[path] = Probe(*known[key])
         except (UserError, OSError) as error:
             bad[path] = str(error)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(tqdm(pool.map(check, paths), "checking videos", len(paths), unit="file", disable=quiet))
-    if len(known) > before:
+    bar = tqdm(desc="checking videos", total=len(paths), unit="file", disable=quiet)
+    with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in pool.map(check, paths):
+            bar.update()
+    if len(known) > known_before:
         with suppress(OSError):  # then the next start checks again
             store.parent.mkdir(parents=True, exist_ok=True)
             store.write_text(json.dumps(known))
     return good, dict(sorted(bad.items()))
 
 
-# ----------------------------------------------------------------------------------------------------- data module
+def refuse_twins(videos):
+    """UserError if a video of another part has the same content as one of train."""
+    by_size = defaultdict(list)
+    for video in videos:
+        if video.part == "train":
+            by_size[video.path.stat().st_size].append(video.path)
+    for video in videos:
+        if video.part == "train":
+            continue
+        for twin in by_size[video.path.stat().st_size]:
+            if filecmp.cmp(video.path, twin, shallow=False):
+                sentence = f"{video.path} is the same video as {twin}, which is trained on"
+                raise UserError(f"{sentence}: remove one of the two")
 
 
+def name_labels(root, videos):
+    """{label: name} of all labels in recordings, as root/classes.csv or else the number says."""
+    table = root / "classes.csv"
+    rows = read_table(table, ["label", "name"]) if table.is_file() else []
+    names = {row[0]: row[1] for row in rows}
+    names[str(NO_EXERCISE)] = "no_exercise"
+    labels = set().union(*(video.labels.tolist() for video in videos)) - {UNLABELLED}
+    return {label: names.get(str(label), str(label)) for label in sorted(labels)}
+
+
+def find_classes(videos, names):
+    """Names of the classes of Videos: by alphabet, those of recordings in the order of labels."""
+    found = {video.name for video in videos if video.labels is None}
+    for video in videos:
+        if video.labels is not None:
+            found.update(names[label] for label in set(video.labels.tolist()) & set(names))
+    order = names.values() if names else sorted(found)
+    return list(dict.fromkeys(name for name in order if name in found))
+
+
+def cut(video, probed, names, clip):
+    """Rows of one Video: the whole of it, or the windows of a recording whose label has a name."""
+    if video.labels is None:
+        return [Row(video.path, video.part, video.name, 0.0, probed.seconds)]
+    rows = []
+    for label, start, end in windows(video.labels, probed.times, clip):
+        if label in names:
+            rows.append(Row(video.path, video.part, names[label], start, end))
+    return rows
+
+
+def thin_background(rows, background, ratio, seed, notes):
+    """The rows, but in each part of those with the name `background` a share drawn by the seed."""
+    kept = [row for row in rows if row.name != background]
+    for part in PARTS:
+        others = [row for row in rows if row.part == part and row.name == background]
+        if others:
+            count = sum(row.part == part for row in kept)
+            n = max(1, round(ratio * len(others)))
+            kept += random.Random(f"{seed} {part}").sample(others, n)
+            found = f"{count} windows of exercises, {n} of {len(others)} of none kept"
+            notes.append(f"{part}: {found}")
+    return kept
+
+
+# -------------------------------------------------------------------------------------- data module
+
+
+@dataclass
 class ExerciseVideoDataModule:
-    """Finds the videos, checks them, splits them and makes the loaders. UserError if the folder can't be used.
+    """Finds the videos, checks them, splits them and makes the loaders.
 
-    data: folder as LAYOUTS says, or with DIR/train/<class> and DIR/val/<class>; "data/demo" is rendered if missing.
-    size: (W, H) of the clips in pixels. clip_len: frames. clip_fps: frames a second of the clip's time grid.
-    workers: loader processes. cache_gb: RAM for decoded frames, in GB. Both are 0 in debug mode.
-    background_ratio: share of a recording set's windows without exercise that is kept, 0 to 1.
-    clips_per_video: in validation. rank, world: which of how many training processes this is.
-    `setup()` sets `classes` (names), `train_set`, `val_set`, `test_set` (may be None) and `notes` (for the user).
+    `setup()` sets `classes` (names), `train_set`, `val_set`, `test_set` (may be None) and `notes`
+    (sentences for the user). UserError if the folder can't be used.
     """
 
-    def __init__(self, data="data/demo", size=(300, 400), clip_len=16, clip_fps=8.0, batch_size=16, workers=4,
-                 cache_gb=1.0, debug=False, seed=0, background_ratio=0.3, clips_per_video=3, rank=0,
-                 world=1):  # fmt: skip
-        self.data, self.size, self.clip_len, self.clip_fps = Path(data), size, clip_len, clip_fps
-        self.batch_size, self.debug, self.seed, self.background_ratio = batch_size, debug, seed, background_ratio
-        self.clips_per_video, self.rank, self.world = clips_per_video, rank, world
-        self.workers, self.cache_gb = (0, 0.0) if debug else (workers, cache_gb)
+    data: Path  # folder as USAGE says, or with DIR/train/<class> and DIR/val/<class>
+    clip: ClipFormat = ClipFormat((300, 400), 16, 8.0)
+    batch_size: int = 16  # clips of an update, over all processes
+    workers: int = 4  # loader processes; 0 in debug mode
+    cache_gb: float = 1.0  # RAM for decoded frames, over all processes; 0 in debug mode
+    debug: bool = False  # the first samples are written to debug_output/
+    seed: int = 0  # of split, background, order and augmentation
+    background_ratio: float = 0.3  # share of recordings' windows without exercise that is kept
+    clips_per_video: int = 3  # in validation
+    rank: int = 0  # which of the training processes this is
+    world: int = 1  # how many there are
+    pin_memory: bool = False  # for a GPU
 
-    def find_videos(self):
-        """{part: [(video, class)]}. Recordings have the class "" and their labels, one a frame, in `frame_labels`."""
-        root, self.frame_labels = self.data, {}
-        if root == Path("data/demo") and not root.exists() and self.rank == 0:
-            render_demo(root)
-        if not root.is_dir():
-            raise UserError(f"{root} is not a folder: --data takes {LAYOUTS.format(root)}")
-        if (root / "train").is_dir() and (root / "val").is_dir():
-            self.notes.append(f"{root} holds class folders in train and val")
-            return {part: class_folders(root / part) for part in PARTS}
-        if (root / "videos").is_dir() and (root / "labels").is_dir():
-            for video in (path for path, folder in class_folders(root) if folder == "videos"):
-                if (table := root / "labels" / f"{video.stem}.csv").is_file():
-                    self.frame_labels[video] = read_labels(table)
-                else:
-                    self.notes.append(f"left out: {video}, because there is no {table}")
-            videos = [(video, "") for video in self.frame_labels]
-            count, kind = len(videos), "untrimmed recordings with labels"
-        else:
-            videos = class_folders(root)
-            count, kind = len({name for _, name in videos}), "class folders with videos"
-        self.notes.append(f"{root} holds {count} {kind}")
-        if count < 2:
-            raise UserError(f"{self.notes[-1]} where at least 2 are needed: --data takes {LAYOUTS.format(root)}")
-        table = root / "split.csv"
-        if table.is_file():
-            return split_by_table(videos, table, self.seed, self.notes)
-        self.notes.append(f"split by video: if one person is in several, keep them together by {table} (the line "
-                          "id,split, then lines of a name without .mp4 and train, val or test)")  # fmt: skip
-        return dict(zip(PARTS, (*split_by_video(videos, self.seed), []), strict=True))
-
-    def name_classes(self, train):
-        """Sets `classes`, those of [(video, class)] to train on, and `names`, of the labels of recordings."""
-        found, self.names, table = {name for _, name in train}, {}, self.data / "classes.csv"
-        if self.frame_labels:
-            rows = read_table(table, ["label", "name"]) if table.is_file() else []
-            self.names = {row[0]: row[1] for row in rows} | {"-1": "no_exercise"}
-            found = set().union(*(self.frame_labels[path].tolist() for path, _ in train)) - {UNLABELLED}
-            found -= set() if self.background_ratio else {-1}
-        self.classes = list(dict.fromkeys(self.names.get(str(label), str(label)) for label in sorted(found)))
-        if len(self.classes) < 2:
-            raise UserError(f"{self.data} has {len(self.classes)} classes to train where at least 2 are needed")
-
-    def cut(self, part, videos, checked):
-        """Segments of those of [(video, class)] that can be read, with a share of the windows without exercise."""
-        segments, background = [], []
-        for path, name in videos:
-            if path not in checked:
-                continue
-            seconds, height, width, times = checked[path]
-            labels, found = self.frame_labels.get(path), [(name, 0.0, seconds)]
-            if labels is not None:
-                found = windows(labels, times, self.clip_len, self.clip_fps)
-                if abs(len(labels) - len(times)) > 0.01 * len(times):
-                    self.notes.append(f"{path} has {len(times)} frames and {len(labels)} labels: is it the right file?")
-            for label, start, end in found:
-                if label == -1 and not self.background_ratio:
-                    continue
-                name = self.names.get(str(label), str(label))
-                if name not in self.classes:
-                    raise UserError(f"{path} in {part} has the class {name}, which no video to train on has")
-                segment = Segment(path, self.classes.index(name), start, end, height, width)
-                (background if label == -1 else segments).append(segment)
-        if background:
-            n = max(1, round(self.background_ratio * len(background)))
-            self.notes.append(f"{part}: {len(segments)} windows of exercises, {n} of {len(background)} of none kept")
-            segments += random.Random(f"{self.seed} {part}").sample(background, n)
-        return sorted(segments)
-
-    def refuse_gaps(self, parts, segments, bad):
-        """UserError if a class has no clip to train on, or a part that should have some has none."""
-        missing = set(self.classes) - {self.classes[s.label] for s in segments["train"]}
-        gaps = [f"class {name} to train on" for name in sorted(missing)]
-        gaps += [part for part in PARTS if not segments[part] and (parts[part] or part == "val")]
-        if gaps:
-            why = [bad[path] for path in sorted(bad, key=lambda path: path.parent.name not in missing)[:3]]
-            why += [f"a class takes 2 videos, and in recordings one that lasts for {self.clip_len / self.clip_fps:g} s"]
-            raise UserError(f"{self.data} has no clip left for {', '.join(gaps)}: {'; '.join(why)}")
+    def __post_init__(self):
+        self.data = Path(self.data)
+        if self.debug:
+            self.workers = 0
+            self.cache_gb = 0.0
 
     def setup(self):
+        # files
         self.notes = []
-        parts = self.find_videos()
-        paths = [path for videos in parts.values() for path, _ in videos]
-        checked, bad = check_files(paths, bool(self.frame_labels), quiet=self.rank > 0)
-        self.notes += [f"left out: {reason}" for reason in bad.values()]
-        if bad:
-            self.notes.append(f"{len(bad)} of {len(paths)} videos can't be read")
-        train, *others = ([path for path, _ in parts[part] if path in checked] for part in PARTS)
-        refuse_twins(train, sum(others, []))
-        self.name_classes(parts["train"])
-        segments = {part: self.cut(part, parts[part], checked) for part in PARTS}
-        self.refuse_gaps(parts, segments, bad)
-        W, H = self.size
-        shapes = {s.path: (s.width, s.height) for part in PARTS for s in segments[part]}.values()
-        if misfit := sum((w > h) != (W > H) for w, h in shapes if W != H and w != h):
-            kind = "landscape" if W < H else "portrait"
-            self.notes.append(f"{misfit} of {len(shapes)} videos are {kind}, which {W}x{H} cuts: try --size {H}x{W}")
-        common = {"size": self.size, "clip_len": self.clip_len, "clip_fps": self.clip_fps,
-                  "clips_per_video": self.clips_per_video}  # fmt: skip
-        debug_dir = Path("debug_output") if self.debug else None
-        self.train_set = ExerciseVideoDataset(segments["train"], **common, training=True, debug_dir=debug_dir)
-        self.val_set = ExerciseVideoDataset(segments["val"], **common)
-        self.test_set = ExerciseVideoDataset(segments["test"], **common) if segments["test"] else None
+        videos = find_videos(self.data, self.seed, self.notes)
+        probes, bad = self.check(videos)
+        readable = [video for video in videos if video.path in probes]
+        refuse_twins(readable)
+
+        # classes
+        tracks = [video for video in videos if video.labels is not None]
+        names = name_labels(self.data, tracks) if tracks else {}
+        if not self.background_ratio:
+            names.pop(NO_EXERCISE, None)
+        self.classes = find_classes([v for v in videos if v.part == "train"], names)
+        count = len(self.classes)
+        if count < 2:
+            sentence = f"{self.data} has {count} classes to train where at least 2 are needed"
+            raise UserError(sentence)
+
+        # table of rows
+        rows = []
+        for video in readable:
+            rows += cut(video, probes[video.path], names, self.clip)
+        self.refuse_strangers(rows)
+        if NO_EXERCISE in names:
+            background = names[NO_EXERCISE]
+            rows = thin_background(rows, background, self.background_ratio, self.seed, self.notes)
+        self.refuse_gaps(videos, rows, bad)
+
+        # data sets
+        segments = self.find_segments(rows, probes)
+        self.note_orientation(segments)
+        self.train_set = self.data_set(segments["train"], training=True)
+        self.val_set = self.data_set(segments["val"])
+        self.test_set = self.data_set(segments["test"]) if segments["test"] else None
         budget = int(1e9 * self.cache_gb) // self.world
         self.train_set.keep_in_memory(budget - self.val_set.keep_in_memory(budget))
 
+    def check(self, videos):
+        """{path: Probe} of those that can be read, {path: reason} of the others; notes tell both."""
+        paths = [video.path for video in videos]
+        all_times = any(video.labels is not None for video in videos)
+        probes, bad = check_files(paths, all_times, quiet=self.rank > 0)
+        self.notes += [f"left out: {reason}" for reason in bad.values()]
+        if bad:
+            self.notes.append(f"{len(bad)} of {len(paths)} videos can't be read")
+        for video in videos:
+            if video.labels is None or video.path not in probes:
+                continue
+            frames = len(probes[video.path].times)
+            labels = len(video.labels)
+            if abs(labels - frames) > 0.01 * frames:
+                sentence = f"{video.path} has {frames} frames and {labels} labels"
+                self.notes.append(f"{sentence}: is it the right file?")
+        return probes, bad
+
+    def refuse_strangers(self, rows):
+        """UserError if a row has a class that none to train on has."""
+        for row in rows:
+            if row.name not in self.classes:
+                sentence = f"{row.path} in {row.part} has the class {row.name}"
+                raise UserError(f"{sentence}, which no video to train on has")
+
+    def refuse_gaps(self, videos, rows, bad):
+        """UserError if a class has no clip to train on, or a part that should have some has none."""
+        trained = {row.name for row in rows if row.part == "train"}
+        missing = sorted(set(self.classes) - trained)
+        gaps = [f"class {name} to train on" for name in missing]
+        wanted = {video.part for video in videos} | {"val"}
+        empty = wanted - {row.part for row in rows}
+        gaps += [part for part in PARTS if part in empty]
+        if not gaps:
+            return
+        suspects = sorted(bad, key=lambda path: path.parent.name not in missing)
+        why = [bad[path] for path in suspects[:3]]
+        seconds = self.clip.length / self.clip.fps
+        why.append(f"a class takes 2 videos, and in recordings one that lasts for {seconds:g} s")
+        raise UserError(f"{self.data} has no clip left for {', '.join(gaps)}: {'; '.join(why)}")
+
+    def find_segments(self, rows, probes):
+        """{part: its Segments in the order of the files}."""
+        segments = {part: [] for part in PARTS}
+        for row in sorted(rows):
+            probed = probes[row.path]
+            geometry = middle(probed.height, probed.width, self.clip.size)
+            label = self.classes.index(row.name)
+            segments[row.part].append(Segment(row.path, label, row.start, row.end, geometry))
+        return {part: sorted(found) for part, found in segments.items()}
+
+    def note_orientation(self, segments):
+        W, H = self.clip.size
+        sources = {s.path: s.geometry.source for s in sum(segments.values(), [])}
+        misfit = sum((w > h) != (W > H) for h, w in sources.values() if w != h)
+        if misfit and W != H:
+            kind = "landscape" if W < H else "portrait"
+            found = f"{misfit} of {len(sources)} videos are {kind}, which {W}x{H} cuts"
+            self.notes.append(f"{found}: try --size {H}x{W}")
+
+    def data_set(self, segments, training=False):
+        debug_dir = Path("debug_output") if self.debug and training else None
+        return ExerciseVideoDataset(segments, self.clip, training, self.clips_per_video, debug_dir)
+
     def class_weights(self):
-        """float32 (classes,): inverse frequency in the train set, clips / (classes * clips of the class)."""
-        counts = torch.bincount(torch.tensor([s.label for s in self.train_set.segments]), minlength=len(self.classes))
+        """float32 (classes,): inverse frequency in train, clips / (classes * clips of the class)."""
+        labels = torch.tensor([segment.label for segment in self.train_set.segments])
+        counts = torch.bincount(labels, minlength=len(self.classes))
         return counts.sum() / (len(counts) * counts.float())
 
     def train_dataloader(self):
@@ -672,205 +1076,367 @@ class ExerciseVideoDataModule:
     def test_dataloader(self):
         return self._loader(self.test_set, shuffle=False)
 
-    def _loader(self, dataset, shuffle):
-        batches = EpochBatches(len(dataset), self.batch_size, self.seed, shuffle, self.rank, self.world)
-        return DataLoader(dataset, batch_sampler=batches, num_workers=self.workers, collate_fn=collate,
-                          worker_init_fn=start_worker, persistent_workers=self.workers > 0,
-                          pin_memory=torch.cuda.is_available())  # fmt: skip
+    def _loader(self, data_set, shuffle):
+        n = len(data_set)
+        batches = EpochBatches(n, self.batch_size, self.seed, shuffle, self.rank, self.world)
+        return DataLoader(
+            data_set,
+            batch_sampler=batches,
+            num_workers=self.workers,
+            collate_fn=collate,
+            worker_init_fn=start_worker,
+            persistent_workers=self.workers > 0,
+            pin_memory=self.pin_memory,
+        )
 
 
-def pick_device(name):
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"the device {name} can't be used: {str(error).splitlines()[0]}") from error
+# ------------------------------------------------------------------------------------- demo data set
 
-
-def free_memory():
-    """Bytes of RAM that can be taken, on Linux at most what a container's limit leaves."""
-    try:
-        line = next(line for line in open("/proc/meminfo") if line.startswith("MemAvailable"))
-        free = 1024 * int(line.split()[1])
-    except OSError:
-        return 8e9  # Windows and macOS: no figure without a further package
-    try:
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text() for name in ("max", "current"))
-        return max(0, min(free, int(limit) - int(used)))
-    except (OSError, ValueError):  # no container, or one without a limit
-        return free
-
-
-# ------------------------------------------------------------------------------------------------- demo data set
-
+Exercise = namedtuple("Exercise", "view held weight pace poses")
+Exercise.__doc__ = """view: side, front or either. held: the joint that keeps its place. weight: what the hands hold.
+pace: the mean time between two poses (s), or a range of phases (0 first pose, 1 second), one of which is held: such a
+class shares its poses with a class that moves, so that only the motion tells the two apart. poses: gone through in
+turn, then with the sides swapped."""
+# A pose holds angles in degrees: torso, head, upper arm, forearm, thigh, shin, foot (in side views). The torso counts
+# from upright (+ forward), the head from the torso's line, the limbs from hanging down (90 forward, or outward in a
+# front view; 180 up). Two rows are for the near (left) and the far (right) side.
 # fmt: off
-# A key pose holds angles in degrees: torso, head, upper arm, forearm, thigh, shin, foot (in side views). The torso
-# counts from upright (+ forward), the head from the torso's line, the limbs from hanging down (90 forward, or outward
-# in a front view; 180 up). A pair of angles is for the near (left) and the far (right) side.
 SQUAT = [(0, 0, 5, 15, 0, 0, 90), (45, -25, 80, 88, 98, -38, 90)]
 PUSH_UP = [(72, -10, 0, 2, -72, -72, 22), (85, -20, -78, 42, -85, -85, 10)]
-STAND, PIKE = (0, 0, 0, 40, 0, 0, 90), (96, -20, 2, 0, -56, -60, 28)
-# Class: (view, joint that keeps its place, weights, pace, key poses). The poses are gone through in turn, then with the
-# sides swapped. The pace is the mean time between two (s), or a range of phases (0 first pose, 1 second), one of which
-# is held: such a class shares its poses with a class that moves, so that only the motion tells the two apart.
+STAND = (0, 0, 0, 40, 0, 0, 90)
+PIKE = (96, -20, 2, 0, -56, -60, 28)
 DEMO_EXERCISES = {
-    "no_exercise": ("either", "ankle", "", 1.5, [(0, 0, 6, 8, 4, 4, 90), (3, 6, (4, 14), (14, 60), (10, 0), (4, 2), 90),
-        (-3, -8, (8, 4), (12, 30), (0, 9), (3, 4), 90), (1, 12, (10, 6), (70, 10), 4, 4, 90)]),
-    "squat": ("side", "ankle", "", 0.9, SQUAT),
-    "squat_hold": ("side", "ankle", "", (0.35, 1), SQUAT),
-    "push_up": ("side", "hand", "", 0.9, PUSH_UP),
-    "plank": ("side", "hand", "", (0, 0), PUSH_UP),
-    "lunge": ("side", "toe", "", 0.9, [STAND, (4, 0, -15, 75, (92, -14), (0, -84), (90, 15))]),
-    "jumping_jack": ("front", "hip", "", 0.75, [(0, 0, 8, 5, 3, 2, 90), (0, 0, 148, 165, 30, 28, 90)]),
-    "biceps_curl": ("side", "ankle", "dumbbells", 0.9, [(0, 0, -2, 4, 0, 0, 90), (-3, 0, 12, 150, 0, 0, 90)]),
-    "shoulder_press": ("front", "ankle", "dumbbells", 0.9, [(0, 0, 42, 172, 9, 6, 90), (0, 0, 166, 178, 9, 6, 90)]),
-    "lateral_raise": ("front", "ankle", "dumbbells", 0.9, [(0, 0, 8, 5, 7, 5, 90), (0, 0, 92, 88, 7, 5, 90)]),
-    "deadlift": ("side", "ankle", "barbell", 0.9, [(0, 0, 4, 6, 0, 0, 90), (78, -30, -4, 2, 44, -14, 90)]),
-    "sit_up": ("side", "hip", "", 0.9, [(-89, 10, 112, 100, 138, 32, 90), (-8, 8, 72, 84, 138, 32, 90)]),
-    "leg_raise": ("side", "hip", "", 0.9, [(-90, 5, 84, 90, 89, 88, 165), (-90, 5, 84, 90, 172, 170, 250)]),
-    "glute_bridge": ("side", "shoulder", "", 0.9, [(-90, 5, 84, 90, 140, 26, 90), (-116, 24, 80, 88, 116, 10, 90)]),
-    "mountain_climber": ("side", "hand", "", 0.45, [PIKE, (96, -20, 2, 0, (60, -56), (-125, -60), (-85, 28))]),
-    "high_knees": ("side", "hip", "", 0.45, [STAND, (-4, 0, (-40, 35), (30, 130), (105, 0), (-5, 0), (75, 90))]),
-    "side_bend": ("front", "ankle", "", 0.9, [(33, 8, (132, 196), (168, 222), 14, 9, 90)]),
+    "no_exercise": Exercise("either", "ankle", "", 1.5, [
+        (0, 0, 6, 8, 4, 4, 90),
+        [(3, 6, 4, 14, 10, 4, 90), (3, 6, 14, 60, 0, 2, 90)],
+        [(-3, -8, 8, 12, 0, 3, 90), (-3, -8, 4, 30, 9, 4, 90)],
+        [(1, 12, 10, 70, 4, 4, 90), (1, 12, 6, 10, 4, 4, 90)],
+    ]),
+    "squat": Exercise("side", "ankle", "", 0.9, SQUAT),
+    "squat_hold": Exercise("side", "ankle", "", (0.35, 1), SQUAT),
+    "push_up": Exercise("side", "hand", "", 0.9, PUSH_UP),
+    "plank": Exercise("side", "hand", "", (0, 0), PUSH_UP),
+    "lunge": Exercise("side", "toe", "", 0.9, [
+        STAND,
+        [(4, 0, -15, 75, 92, 0, 90), (4, 0, -15, 75, -14, -84, 15)],
+    ]),
+    "jumping_jack": Exercise("front", "hip", "", 0.75, [
+        (0, 0, 8, 5, 3, 2, 90),
+        (0, 0, 148, 165, 30, 28, 90),
+    ]),
+    "biceps_curl": Exercise("side", "ankle", "dumbbells", 0.9, [
+        (0, 0, -2, 4, 0, 0, 90),
+        (-3, 0, 12, 150, 0, 0, 90),
+    ]),
+    "shoulder_press": Exercise("front", "ankle", "dumbbells", 0.9, [
+        (0, 0, 42, 172, 9, 6, 90),
+        (0, 0, 166, 178, 9, 6, 90),
+    ]),
+    "lateral_raise": Exercise("front", "ankle", "dumbbells", 0.9, [
+        (0, 0, 8, 5, 7, 5, 90),
+        (0, 0, 92, 88, 7, 5, 90),
+    ]),
+    "deadlift": Exercise("side", "ankle", "barbell", 0.9, [
+        (0, 0, 4, 6, 0, 0, 90),
+        (78, -30, -4, 2, 44, -14, 90),
+    ]),
+    "sit_up": Exercise("side", "hip", "", 0.9, [
+        (-89, 10, 112, 100, 138, 32, 90),
+        (-8, 8, 72, 84, 138, 32, 90),
+    ]),
+    "leg_raise": Exercise("side", "hip", "", 0.9, [
+        (-90, 5, 84, 90, 89, 88, 165),
+        (-90, 5, 84, 90, 172, 170, 250),
+    ]),
+    "glute_bridge": Exercise("side", "shoulder", "", 0.9, [
+        (-90, 5, 84, 90, 140, 26, 90),
+        (-116, 24, 80, 88, 116, 10, 90),
+    ]),
+    "mountain_climber": Exercise("side", "hand", "", 0.45, [
+        PIKE,
+        [(96, -20, 2, 0, 60, -125, -85), (96, -20, 2, 0, -56, -60, 28)],
+    ]),
+    "high_knees": Exercise("side", "hip", "", 0.45, [
+        STAND,
+        [(-4, 0, -40, 30, 105, -5, 75), (-4, 0, 35, 130, 0, 0, 90)],
+    ]),
+    "side_bend": Exercise("front", "ankle", "", 0.9, [
+        [(33, 8, 132, 168, 14, 9, 90), (33, 8, 196, 222, 14, 9, 90)],
+    ]),
 }
-JOINTS = dict(shoulder=0.065, elbow=0.03, hand=0.03, hip=0.065, knee=0.04, ankle=0.03, toe=0.03, neck=0, head=0.06,
-    face=0, pelvis=0, bar=0, bar_end=0)  # with the flesh around each, in body heights: the lowest one lies on the floor
-BODY = {  # strokes from joint to joint: width in body heights, colour
-    "arm": [("elbow", "hand", 0.05, "skin"), ("hand", "hand", 0.065, "skin"), ("shoulder", "elbow", 0.07, "sleeves")],
-    "leg": [("ankle", "toe", 0.055, "shoes"), ("knee", "ankle", 0.07, "socks"), ("hip", "knee", 0.092, "trousers")],
-    "trunk": [("hip", "shoulder", 0.1, "shirt"), ("pelvis", "neck", 0.12, "shirt")],
-    "head": [("neck", "head", 0.055, "skin"), ("head", "head", 0.13, "hair"), ("face", "face", 0.1, "skin")],
-    "dumbbells": [("bar", "bar_end", 0.03, "hub"), *((end, end, 0.08, "iron") for end in ("bar", "bar_end"))],
-    "barbell": [("hand", "hand", 0.19, "iron"), ("hand", "hand", 0.05, "hub")], "": []}
-COLOURS = {  # hue (degrees), saturation and value: the lowest and the highest
-    "skin": [(12, 0.3, 0.5), (28, 0.55, 1)], "hair": [(10, 0.1, 0.05), (40, 0.7, 0.35)], "hub": [(0, 0, 0.8)] * 2,
-    "shirt": [(0, 0.5, 0.6), (360, 1, 0.9)], "sleeves": [(0, 0.1, 0.8), (360, 0.5, 1)], "iron": [(0, 0, 0.28)] * 2,
-    "trousers": [(0, 0.3, 0.2), (360, 0.9, 0.6)], "socks": [(0, 0.1, 0.3), (360, 0.8, 0.9)],
-    "shoes": [(0, 0, 0.1), (360, 0.8, 1)], "wall": [(0, 0.03, 0.4), (360, 0.3, 0.85)],
-    "floor": [(0, 0.05, 0.3), (360, 0.3, 0.8)], "mat": [(0, 0.1, 0.4), (360, 0.4, 0.8)]}
+Joint = namedtuple("Joint", "parent bone length flesh")
+# The joint it hangs on, along which bone and how far, and the flesh around it, in body heights
+SKELETON = {
+    "pelvis": Joint("pelvis", "spine", 0, 0),
+    "neck": Joint("pelvis", "spine", 0.29, 0),
+    "head": Joint("neck", "crown", 0.12, 0.06),
+    "face": Joint("head", "gaze", 0.02, 0),
+    "shoulder": Joint("neck", "across", 0.1, 0.065),
+    "elbow": Joint("shoulder", "upper arm", 0.17, 0.03),
+    "hand": Joint("elbow", "forearm", 0.94 * 0.17, 0.03),
+    "bar": Joint("hand", "dumbbell", -0.05, 0),
+    "bar_end": Joint("hand", "dumbbell", 0.05, 0),
+    "hip": Joint("pelvis", "across", 0.055, 0.065),
+    "knee": Joint("hip", "thigh", 0.245, 0.04),
+    "ankle": Joint("knee", "shin", 0.96 * 0.245, 0.03),
+    "toe": Joint("ankle", "foot", 0.1, 0.03),
+}
+Stroke = namedtuple("Stroke", "start end width colour")  # joint to joint; width in body heights
+BODY = {
+    "arm": [
+        Stroke("elbow", "hand", 0.05, "skin"),
+        Stroke("hand", "hand", 0.065, "skin"),
+        Stroke("shoulder", "elbow", 0.07, "sleeves"),
+    ],
+    "leg": [
+        Stroke("ankle", "toe", 0.055, "shoes"),
+        Stroke("knee", "ankle", 0.07, "socks"),
+        Stroke("hip", "knee", 0.092, "trousers"),
+    ],
+    "trunk": [
+        Stroke("hip", "shoulder", 0.1, "shirt"),
+        Stroke("pelvis", "neck", 0.12, "shirt"),
+    ],
+    "head": [
+        Stroke("neck", "head", 0.055, "skin"),
+        Stroke("head", "head", 0.13, "hair"),
+        Stroke("face", "face", 0.1, "skin"),
+    ],
+    "dumbbells": [
+        Stroke("bar", "bar_end", 0.03, "hub"),
+        Stroke("bar", "bar", 0.08, "iron"),
+        Stroke("bar_end", "bar_end", 0.08, "iron"),
+    ],
+    "barbell": [
+        Stroke("hand", "hand", 0.19, "iron"),
+        Stroke("hand", "hand", 0.05, "hub"),
+    ],
+    "": [],
+}
+# Hue (degrees), saturation and value: the lowest and the highest
+COLOURS = {
+    "skin": [(12, 0.3, 0.5), (28, 0.55, 1)],
+    "hair": [(10, 0.1, 0.05), (40, 0.7, 0.35)],
+    "hub": [(0, 0, 0.8), (0, 0, 0.8)],
+    "shirt": [(0, 0.5, 0.6), (360, 1, 0.9)],
+    "sleeves": [(0, 0.1, 0.8), (360, 0.5, 1)],
+    "iron": [(0, 0, 0.28), (0, 0, 0.28)],
+    "trousers": [(0, 0.3, 0.2), (360, 0.9, 0.6)],
+    "socks": [(0, 0.1, 0.3), (360, 0.8, 0.9)],
+    "shoes": [(0, 0, 0.1), (360, 0.8, 1)],
+    "wall": [(0, 0.03, 0.4), (360, 0.3, 0.85)],
+    "floor": [(0, 0.05, 0.3), (360, 0.3, 0.8)],
+    "mat": [(0, 0.1, 0.4), (360, 0.4, 0.8)],
+}
 # fmt: on
+NEAR, FAR = 0, 1
 
 
 def draw_colours(rng):
-    hsv = rng.uniform(*np.moveaxis(list(COLOURS.values()), 1, 0))[None].astype(np.float32)
-    return dict(zip(COLOURS, 255 * cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)[0].astype(float), strict=True))
+    """{name: its colour in BGR, float64 (3,)}, drawn from COLOURS."""
+    low, high = np.swapaxes(list(COLOURS.values()), 0, 1)
+    hsv = rng.uniform(low, high)[None].astype(np.float32)
+    bgr = 255 * cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)[0].astype(float)
+    return dict(zip(COLOURS, bgr, strict=True))
 
 
 def move(rng, exercise, front, times):
-    """Angles (T, 7 columns, 2 sides) in degrees at the given times in seconds."""
-    *_, pace, rows = DEMO_EXERCISES[exercise]
-    keys = np.array([[np.broadcast_to(angle, 2) for angle in row] for row in rows], float)
-    lean = -1 if front else 1  # in a front view, swapping the sides also turns the torso's lean around
-    keys = np.concatenate([keys, keys[..., ::-1] * [[lean], [lean], [1], [1], [1], [1], [1]]])
-    holds = isinstance(pace, tuple)
-    phase = 0 * times + rng.uniform(*pace) if holds else times / (pace * rng.uniform(0.67, 1.33)) + rng.uniform(0, 8)
-    before, after = (keys[(phase.astype(int) + i) % len(keys)] for i in (0, 1))
-    way = (0.5 - 0.5 * np.cos(np.pi * (phase % 1)))[:, None, None]  # starts and stops gently at each key pose
-    sway = np.sin(2 * np.pi * (times / rng.uniform(2.5, 4) + rng.uniform(size=(7, 1, 1)))).transpose(2, 0, 1)
-    # The amplitude scales what differs from the first pose; the sway is there because nobody holds quite still.
-    return keys[0] + rng.uniform(0.8, 1.05) * (before + way * (after - before) - keys[0]) + 0.7 * sway
-
-
-def place_joints(pose, build, front, held):
-    """Joints (T, 13, 2 sides, xy) in body heights, y down; the floor is y = 0, the held joint stays at x = 0."""
-    torso, arm, leg = build * [0.29, 0.17, 0.245]
-    pose[:, 1] += pose[:, 0]  # the head goes along with the torso
-    limb = np.stack([np.sin(np.radians(pose)), np.cos(np.radians(pose))], axis=-1)  # unit vectors (T, 7, 2 sides, xy)
-    up, crown, across, ahead = limb[:, 0] * [1, -1], limb[:, 1] * [1, -1], limb[:, 0, :, ::-1], limb[:, 1, :, ::-1]
-    half = across * [[1], [-1]] * (1 if front else -0.12)  # in a side view the far side is just a little ahead
+    """Angles (T, 2 sides, 7) in degrees at `times` (T,) in seconds."""
+    keys = np.array([np.broadcast_to(pose, (2, 7)) for pose in exercise.poses], float)
+    swap = np.ones(7)
     if front:
-        limb[:, 2:, 1, 0] *= -1  # outward is -x on the right side
-        limb[:, 6] = [[0.3, 0.3], [-0.3, 0.3]]  # the feet point at us
-    hip, neck = 0.055 * half, torso * up
-    shoulder, head = neck + 0.1 * half, neck + 0.12 * crown
-    elbow, knee = shoulder + arm * limb[:, 2], hip + leg * limb[:, 4]
-    hand, ankle = elbow + 0.94 * arm * limb[:, 3], knee + 0.96 * leg * limb[:, 5]
-    toe, face = ankle + 0.1 * limb[:, 6], head + (-0.02 * crown if front else 0.02 * ahead - 0.01 * crown)
-    bar = 0.05 * limb[:, 3, :, ::-1] * [1, -1]  # dumbbells lie across the forearms
-    joints = [shoulder, elbow, hand, hip, knee, ankle, toe, neck, head, face, 0 * hip, hand - bar, hand + bar]
-    joints, every = np.stack(joints, axis=1), np.arange(len(pose))
-    rearmost = joints[:, list(JOINTS).index(held)]
-    joints -= rearmost[every, rearmost[..., 0].argmin(axis=1)][:, None, None]
-    if held == "hand":  # turn the body about the hands until the toes of the stretched leg are on the floor as well
-        toe = joints[:, list(JOINTS).index("toe")]
-        x, y = toe[every, toe[..., 0].argmin(axis=1)].T
-        joints = np.einsum("ijt,tnsj->tnsi", np.array([[-x, -y], [y, -x]]) / np.hypot(x, y), joints)
-        return joints - [0, JOINTS["hand"]]
-    depth = joints[..., 1] + np.array([*JOINTS.values()])[:, None]  # with the flesh
-    return joints - depth.max(axis=(1, 2))[:, None, None, None] * [0, 1]
+        swap[:2] = -1  # swapping the sides also turns the lean of the torso around
+    keys = np.concatenate([keys, keys[:, ::-1] * swap])
+
+    # where between which two poses
+    if isinstance(exercise.pace, tuple):
+        phase = np.full(len(times), rng.uniform(*exercise.pace))
+    else:
+        phase = times / (exercise.pace * rng.uniform(0.67, 1.33)) + rng.uniform(0, 8)
+    number = phase.astype(int)
+    before = keys[number % len(keys)]
+    after = keys[(number + 1) % len(keys)]
+    way = 0.5 - 0.5 * np.cos(np.pi * (phase % 1))  # starts and stops gently at each pose
+    moved = before + way[:, None, None] * (after - before)
+
+    # the amplitude scales what differs from the first pose; nobody holds quite still
+    turns = times[:, None, None] / rng.uniform(2.5, 4) + rng.uniform(size=7)
+    sway = np.sin(2 * np.pi * turns)
+    return keys[0] + rng.uniform(0.8, 1.05) * (moved - keys[0]) + 0.7 * sway
+
+
+def bones(angles, build, front):
+    """{name: vectors (T, 2 sides, xy), y down}: unit vectors times the person's `build` (3,)."""
+    angles[..., 1] += angles[..., 0]  # the head goes along with the torso
+    angles = np.radians(angles)
+    limbs = np.stack([np.sin(angles), np.cos(angles)], axis=-1)  # (T, 2 sides, 7, xy)
+    if front:
+        limbs[:, FAR, 2:, 0] *= -1  # outward is -x on the right side
+        limbs[:, :, 6] = [[0.3, 0.3], [-0.3, 0.3]]  # the feet point at us
+    torso, head, upper_arm, forearm, thigh, shin, foot = np.moveaxis(limbs, 2, 0)
+    crown = head * [1, -1]
+    across = torso[..., ::-1] * [[1], [-1]]
+    return {
+        "spine": build[0] * torso * [1, -1],
+        "crown": crown,
+        "gaze": -crown if front else head[..., ::-1] - 0.5 * crown,
+        "across": across if front else -0.12 * across,  # the far side is just a little ahead
+        "upper arm": build[1] * upper_arm,
+        "forearm": build[1] * forearm,
+        "dumbbell": forearm[..., ::-1] * [1, -1],
+        "thigh": build[2] * thigh,
+        "shin": build[2] * shin,
+        "foot": foot,
+    }
+
+
+def rearmost(points):
+    """Of points (T, 2 sides, xy) those (T, xy) of the side that is further to the left."""
+    side = points[..., 0].argmin(axis=1)
+    return points[np.arange(len(points)), side]
+
+
+def place_joints(angles, build, front, held):
+    """Joints (T, joints, 2 sides, xy) in body heights, y down, in the order of SKELETON.
+
+    The floor is y = 0; the joint `held` stays at x = 0.
+    """
+    vectors = bones(angles, build, front)
+    places = {"pelvis": 0 * vectors["spine"]}
+    for name, joint in SKELETON.items():
+        places[name] = places[joint.parent] + joint.length * vectors[joint.bone]
+    origin = rearmost(places[held])
+    joints = np.stack(list(places.values()), axis=1) - origin[:, None, None]
+    if held == "hand":
+        # turn the body about the hands until the toes of the stretched leg are on the floor too
+        x, y = (rearmost(places["toe"]) - origin).T
+        turn = np.array([[-x, -y], [y, -x]]) / np.hypot(x, y)
+        joints = np.einsum("ijt,tnsj->tnsi", turn, joints)
+        floor = SKELETON["hand"].flesh
+    else:
+        flesh = np.array([joint.flesh for joint in SKELETON.values()])
+        floor = (joints[..., 1] + flesh[:, None]).max(axis=(1, 2), keepdims=True)
+    joints[..., 1] -= floor
+    return joints
 
 
 def draw_background(rng, width, height, tilt):
-    """A soft wall with stripes, a floor and a mat, turned by tilt (degrees): (H, W, 4) uint8 with alpha 0."""
-    colours, horizon, step = draw_colours(rng), int(height * rng.uniform(0.68, 0.82)), rng.integers(30, 90)
+    """A soft wall with stripes, a floor and a mat, turned by tilt (degrees): uint8 (H, W, 4), alpha 0."""
+    colours = draw_colours(rng)
+    horizon = int(height * rng.uniform(0.68, 0.82))
     image = np.full((height, width, 3), colours["wall"])
+
+    # stripes
+    step = rng.integers(30, 90)
     top, bottom = np.sort(rng.integers(horizon, size=2))
     for x in range(rng.integers(step), width, step):
         image[top:bottom, x : x + step // 2] = rng.uniform(0.75, 1.25) * colours["wall"]
+
+    # floor and mat
     image[horizon:] = colours["floor"]
-    image[horizon + rng.integers(10, 90) : -20, width // 10 : -width // 10] = colours["mat"]
-    image += cv2.resize(rng.normal(0, rng.uniform(2, 6), (height // 10, width // 10)), (width, height))[..., None]
-    image *= np.linspace(*rng.uniform(0.8, 1.15, 2), height)[:, None, None]  # the light
-    turn = cv2.getRotationMatrix2D((width / 2, height / 2), tilt, 1.13)  # enlarged, so that no corner stays empty
+    edge = width // 10
+    image[horizon + rng.integers(10, 90) : -20, edge:-edge] = colours["mat"]
+
+    # clouds, light, tilt
+    clouds = rng.normal(0, rng.uniform(2, 6), (height // 10, width // 10))
+    image += cv2.resize(clouds, (width, height))[..., None]
+    above, below = rng.uniform(0.8, 1.15, 2)
+    image *= np.linspace(above, below, height)[:, None, None]
+    # enlarged, so that no corner stays empty
+    turn = cv2.getRotationMatrix2D((width / 2, height / 2), tilt, 1.13)
     image = cv2.warpAffine(np.clip(image, 0, 240), turn, (width, height)).astype(np.uint8)
-    return np.pad(image, ((0, 0), (0, 0), (0, 1)))
+    return cv2.cvtColor(image, cv2.COLOR_BGR2BGRA) * np.uint8([1, 1, 1, 0])
 
 
 def draw_figure(canvas, joints, scale, colours, front, weight):
-    """Draw joints (13, 2 sides, xy) in pixels on the canvas (H, W, 4), with alpha 255; scale is pixels/body height."""
-    at = dict(zip(JOINTS, (16 * joints).round().astype(int).tolist(), strict=True))  # 1/16 pixels: OpenCV's shift = 4
-    arm, leg, both = BODY["arm"] + BODY[weight], BODY["leg"], [1, 0]
-    layers = [(leg, [1]), (leg, [0]), (BODY["trunk"], both), (BODY["head"], [0]), (arm, both if front else [0])]
-    for strokes, sides in layers if front else [(arm, [1]), *layers]:
-        fill = 1 if front or 0 in sides else 0.75  # the far side is darker
-        for edge, shade, line_type in ((3, 0.55, cv2.LINE_AA), (0, fill, cv2.LINE_8)):  # the outline goes first
-            for (start, end, width, colour), side in product(strokes, sides):
-                bgra, thick = (*(shade * colours[colour]).tolist(), 255), round(width * scale) + edge
-                cv2.line(canvas, at[start][side], at[end][side], bgra, thick, line_type, 4)
+    """Draw joints (joints, 2 sides, xy) in pixels on the canvas (H, W, 4), with alpha 255.
+
+    scale: pixels per body height. Parts are drawn from the back to the front.
+    """
+    places = (16 * joints).round().astype(int).tolist()  # in 1/16 pixels: OpenCV's shift = 4
+    at = dict(zip(SKELETON, places, strict=True))
+    parts = [("leg", [FAR]), ("leg", [NEAR]), ("trunk", [FAR, NEAR]), ("head", [NEAR])]
+    if front:
+        parts = [*parts, ("arm", [FAR, NEAR])]
+    else:
+        parts = [("arm", [FAR]), *parts, ("arm", [NEAR])]
+    for part, sides in parts:
+        strokes = BODY[part]
+        if part == "arm":
+            strokes = strokes + BODY[weight]
+        shade = 0.75 if sides == [FAR] and not front else 1
+        # the outline goes first
+        for edge, light, line_type in ((3, 0.55, cv2.LINE_AA), (0, shade, cv2.LINE_8)):
+            for stroke, side in product(strokes, sides):
+                first = at[stroke.start][side]
+                last = at[stroke.end][side]
+                bgra = (*(light * colours[stroke.colour]), 255)
+                thickness = round(stroke.width * scale) + edge
+                cv2.line(canvas, first, last, bgra, thickness, line_type, 4)
 
 
 def render_demo_video(exercise, person, seed=0, size=(300, 400), fps=30, seconds=4.0):
-    """One take: frames (T, H, W, 3) uint8 BGR, and the mask (T, H, W) bool of the figure with its weights."""
-    looks = np.random.default_rng([seed, person])  # what all takes of the person share
-    colours, build, girth = draw_colours(looks), looks.uniform(0.9, 1.1, 3), looks.uniform(0.9, 1.1)
+    """One take: frames uint8 (T, H, W, 3) in BGR, and the mask bool (T, H, W) of the figure.
+
+    The figure is the person with the weights. size: (W, H).
+    """
+    # looks, which all takes of the person share
+    rng = np.random.default_rng([seed, person])
+    colours = draw_colours(rng)
+    build = rng.uniform(0.9, 1.1, 3)  # of torso, arms and legs
+    girth = rng.uniform(0.9, 1.1)
+
+    # motion and view
     rng = np.random.default_rng([seed, person, list(DEMO_EXERCISES).index(exercise)])
-    view, held, weight, *_ = DEMO_EXERCISES[exercise]
-    front = rng.uniform() < {"side": 0, "front": 1, "either": 0.5}[view]
-    size, tilt = np.array(size), rng.uniform(-5, 5)
-    pose = move(rng, exercise, front, np.arange(round(fps * seconds)) / fps)
-    joints = place_joints(pose, build, front, held) * [rng.choice([-1, 1]), 1]  # faces right or left
-    joints @= cv2.getRotationMatrix2D((0, 0), tilt, 1)[:, :2].T
-    low, high = joints.min(axis=(0, 1, 2)) - 0.12, joints.max(axis=(0, 1, 2)) + 0.12  # with flesh and weights
-    scale = min(size[1] * rng.uniform(0.55, 0.8), *(0.97 * size / (high - low)))  # pixels per body height
+    exercise = DEMO_EXERCISES[exercise]
+    front = rng.uniform() < {"side": 0, "front": 1, "either": 0.5}[exercise.view]
+    tilt = rng.uniform(-5, 5)
+    angles = move(rng, exercise, front, np.arange(round(fps * seconds)) / fps)
+    joints = place_joints(angles, build, front, exercise.held)
+    joints = joints * [rng.choice([-1, 1]), 1]  # faces right or left
+    joints = joints @ cv2.getRotationMatrix2D((0, 0), tilt, 1)[:, :2].T
+
+    # place in the frame, never out of it; scale in pixels per body height
+    size = np.array(size)
+    low = joints.min(axis=(0, 1, 2)) - 0.12  # with flesh and weights
+    high = joints.max(axis=(0, 1, 2)) + 0.12
+    scale = min(size[1] * rng.uniform(0.55, 0.8), *(0.97 * size / (high - low)))
     place = size * rng.uniform([0.4, 0.86], [0.6, 0.95]) - scale * (low + high) * [0.5, 0]
-    joints = scale * joints + np.clip(place, -scale * low, size - scale * high)  # never out of the frame
-    background = draw_background(rng, *size.tolist(), tilt)
-    noise, frames, masks = rng.integers(0, 12, (size[1], size[0], 3), np.uint8), [], []
-    for points, shift in zip(joints, rng.integers(size[1], size=len(joints)), strict=True):
+    joints = scale * joints + np.clip(place, -scale * low, size - scale * high)
+
+    # draw
+    width, height = size.tolist()
+    background = draw_background(rng, width, height, tilt)
+    noise = rng.integers(0, 12, (height, width, 3), np.uint8)
+    shifts = rng.integers(height, size=len(joints))
+    frames = []
+    masks = []
+    for points, shift in zip(joints, shifts, strict=True):
         canvas = background.copy()
-        draw_figure(canvas, points, scale * girth, colours, front, weight)
+        draw_figure(canvas, points, scale * girth, colours, front, exercise.weight)
         masks.append(canvas[..., 3] > 0)
-        frames.append(cv2.add(cv2.cvtColor(canvas, cv2.COLOR_BGRA2BGR), np.roll(noise, shift, axis=0)))
+        picture = cv2.cvtColor(canvas, cv2.COLOR_BGRA2BGR)
+        frames.append(cv2.add(picture, np.roll(noise, shift, axis=0)))
     return np.stack(frames), np.stack(masks)
 
 
 def render_demo(root, seed=0, train_people=16, val_people=6):
     """Write root/<train or val>/<class>/person<number>.mp4; train and val show different people."""
-    partial = root.with_name(root.name + ".partial")  # renamed at the end: what was interrupted does not pass for whole
+    # renamed at the end: what was interrupted does not pass for whole
+    partial = root.with_name(root.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
 
     def write(task):
         person, exercise = task
-        path = partial / ("train" if person < train_people else "val") / exercise / f"person{person:02}.mp4"
+        part = "train" if person < train_people else "val"
+        path = partial / part / exercise / f"person{person:02}.mp4"
         path.parent.mkdir(parents=True, exist_ok=True)
         frames, _ = render_demo_video(exercise, person, seed)
-        video = open_writer(path, "mp4v", 30, frames.shape[2:0:-1])
-        for frame in frames:
-            video.write(frame)
-        video.release()
+        write_video(path, frames, 30)
 
-    tasks = [(person, exercise) for person in range(train_people + val_people) for exercise in DEMO_EXERCISES]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads do: OpenCV works outside Python's lock
-        list(tqdm(pool.map(write, tasks), "rendering the demo data", len(tasks), unit="video"))
+    tasks = list(product(range(train_people + val_people), DEMO_EXERCISES))
+    bar = tqdm(desc="rendering the demo data", total=len(tasks), unit="video")
+    with bar, ThreadPoolExecutor(os.cpu_count()) as pool:  # threads do: OpenCV frees Python's lock
+        for _ in pool.map(write, tasks):
+            bar.update()
     partial.rename(root)
