@@ -1,28 +1,25 @@
 """Train a 3D CNN on folders of exercise videos; the demo data is rendered on first use.
 
-    python Trainer.py --debug True                                           # look at debug_output/ first
-    python Trainer.py --debug False --model mobilenet_v2_3d --epochs 10
-    python Trainer.py --debug False --model pretrained_resnet --epochs 10 --data my_videos     # my_videos/<class>/*.mp4
-    python Trainer.py --resume                                               # go on after a stop, to the same weights
-    python Trainer.py --evaluate checkpoints/mobilenet_v2_3d.pt              # accuracies of a checkpoint alone
-    torchrun --nproc_per_node=2 Trainer.py --debug False                     # data-parallel, a process a GPU
+    python Trainer.py --debug True                               # look at debug_output/ first
+    python Trainer.py --model mobilenet_v2_3d --epochs 10
+    python Trainer.py --model pretrained_resnet --data DIR       # own videos: DIR/<class>/*.mp4
+    python Trainer.py --resume                                   # go on after a stop
+    python Trainer.py --evaluate checkpoints/mobilenet_v2_3d.pt  # accuracies of a checkpoint alone
+    torchrun --nproc_per_node=2 Trainer.py                       # one process per GPU
 
-The best epoch is kept in checkpoints/<model>.pt, the last one in checkpoints/last.pt, beside them metrics.csv and the
-confusion matrix. On a CPU a smaller --size, such as 72x96, saves most of the time.
+The best epoch is kept in checkpoints/<model>.pt, the last one in checkpoints/last.pt, beside them
+metrics.csv and the confusion matrix. On a CPU a smaller --size, as 72x96, saves most of the time.
 """
 
 import argparse
-import csv
-import io
+import ctypes
 import math
 import os
 import re
-import signal
 import sys
 import time
 from collections import Counter
-from contextlib import nullcontext
-from functools import partial
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -32,529 +29,693 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from Dataset import IMAGENET, KINETICS, ExerciseVideoDataModule, UserError, free_memory, normalize, pick_device, share
+from Dataset import (
+    ClipFormat,
+    ExerciseVideoDataModule,
+    HelpFormatter,
+    UserError,
+    between,
+    boolean,
+    render_demo,
+    replacing,
+    run_script,
+    write_csv,
+    write_png,
+)
 from SparseModel import (
     MODELS,
     MODES,
     build_model,
     fold_batch_norm,
-    keep_freed_memory,
-    kinetics_file,
     load_checkpoint,
     load_weights,
+    new_checkpoint,
+    pick_device,
+    weights_file,
 )
 
-# Bytes a training step keeps for each pixel (T x H x W) of a clip, float32 on the CPU: tests/benchmark.py memory
-BYTES_PER_PIXEL = {"standard": 1700, "high_temporal": 2800, "pretrained_resnet": 2000}
-# What a checkpoint fixes, for --evaluate and for --resume; the rest of a run may be changed when it goes on.
-FIXED = "model", "mode", "width_mult"
-FIXED_IN_A_RUN = *FIXED, "size", "clip_len", "clip_fps", "batch_size", "optimizer", "seed"
-OF_THE_MACHINE = {"debug", "resume", "evaluate", "device", "checkpoint_dir", "workers", "cache_gb"}  # not remembered
+DEMO = Path("data/demo")
+LABEL_SMOOTHING = 0.1  # share of the target that goes to all classes
+MAX_NORM = 5.0  # of the gradient
+
+# ------------------------------------------------------------------------------------------ flags
+
+# Flags that follow from the network of a checkpoint, and those that a run keeps when it goes on
+OF_NETWORK = ["model", "mode", "width_mult"]
+OF_RUN = [*OF_NETWORK, "size", "clip_len", "clip_fps", "batch_size", "seed"]
+# Flags that a checkpoint does not remember: they are of the machine, or of one start
+OF_START = ["debug", "resume", "evaluate", "device", "checkpoint_dir", "workers", "cache_gb"]
+
+# Types
+COUNT = between(1)
+NUMBER = between(0)
+REAL = between(0, kind=float)
+SHARE = between(0, 1, float)
+SWITCH = {"type": boolean, "nargs": "?", "const": True}  # --flag, --flag True, --flag False
 
 
-def boolean(text):
-    """argparse's own type=bool takes any text, "False" too, for true."""
-    values = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-    if text.lower() not in values:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
-    return values[text.lower()]
+class TypeHelpFormatter(HelpFormatter, argparse.MetavarTypeHelpFormatter):
+    """In the help each flag stands with its type."""
 
 
-def width_x_height(text):
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
-    if not match or min(map(int, match.groups())) < 32:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size like 300x400 (width x height, from 32 pixels)")
-    return tuple(map(int, match.groups()))
+def WxH(text):
+    """Type of --size: "300x400" -> (300, 400); argparse reports a ValueError."""
+    width, height = map(int, text.split("x"))
+    if min(width, height) < 32:
+        raise argparse.ArgumentTypeError(f"{text} is too small: from 32x32 on")
+    return width, height
 
 
-def between(low, high=math.inf, kind=int):
-    def number(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return value
-
-    number.__name__ = kind.__name__  # argparse names it in the message for text that is no number
-    return number
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
+def add_data_flags(add):
+    tenth = round(free_memory() / 1e10, 1)
+    add("--data", type=str, default=DEMO, help="one folder per class, or videos/ and labels/")
+    add("--size", type=WxH, default="300x400", help="width x height of the clips in pixels")
+    add("--clip-len", type=COUNT, default=16, help="length of a clip in frames")
+    add(
+        "--clip-fps", type=between(0.1, kind=float), default=8.0, help="frames per second of a clip"
+    )
+    add("--background-ratio", type=SHARE, default=0.3, help="recordings: no_exercise kept")
+    add("--workers", type=NUMBER, default=4, help="loader processes; 0 in debug mode")
+    add("--cache-gb", type=REAL, default=tenth, help="RAM for decoded frames; 0 in debug mode")
 
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    memory = round(free_memory() / 1e10, 1)
-    switch = dict(type=boolean, nargs="?", const=True, default=False, metavar="True|False")
-    add = parser.add_argument_group("data").add_argument
-    add("--data", default="data/demo", help="folder with a folder of videos a class, or with videos/ and labels/; "
-        "the demo is rendered if missing")  # fmt: skip
-    add("--size", type=width_x_height, default="300x400", metavar="WxH", help="width x height of the clips in pixels")
-    add("--clip-len", type=between(1), default=16, help="length of a clip in frames")
-    add("--clip-fps", type=between(0.1, kind=float), default=8.0, help="frames a second of a clip, for any file")
-    add("--background-ratio", type=between(0, 1, float), default=0.3, help="recordings: share of no_exercise kept")
-    add("--workers", type=between(0), default=4, help="loader processes; 0 in debug mode")
-    add("--cache-gb", type=between(0, kind=float), default=memory, help="GB of RAM for decoded frames; 0 in debug mode")
-    add = parser.add_argument_group("model").add_argument
-    add("--model", choices=MODELS, default=MODELS[0], help="network")
-    add("--mode", choices=MODES, default=MODES[0], help="mobilenet_v2_3d: halve time like space, or keep all frames")
-    add("--width-mult", type=between(0.05, kind=float), default=1.0, help="mobilenet_v2_3d: factor on the channels")
-    add("--weights", default="auto", help="start from: none, kinetics, auto (kinetics where it can be had), or a file")
-    add("--freeze", **switch, help="train the last linear layer alone")
-    add = parser.add_argument_group("training").add_argument
-    add("--debug", **switch, help="5 %% of one epoch, pictures in debug_output/")
-    add("--epochs", type=between(1), default=10, help="passes over the training videos; 1 in debug mode")
-    add("--batch-size", type=between(1), default=16, help="clips an update, over all processes")
-    add("--micro-batch", type=between(0), default=0, help="clips computed at a time; 0: all, on a CPU what fits 5 GB")
-    add("--optimizer", choices=("adamw", "sgd"), default="adamw", help="update rule")
-    add("--lr", type=between(0, kind=float), default=0.003, help="peak learning rate; about 0.05 suits sgd")
-    add("--backbone-lr", type=between(0, kind=float), help="factor on --lr for all but the last layer; None: 0.1 for "
-        "trained weights, else 1")  # fmt: skip
-    add("--weight-decay", type=between(0, kind=float), default=0.02, help="on convolutions and the last layer")
-    add("--warmup", type=between(0, kind=float), default=3.0, help="epochs up to the peak, then a cosine to 1 %% of it")
-    add("--label-smoothing", type=between(0, 1, float), default=0.1, help="share of the target for all classes, 0 to 1")
-    add("--class-weights", choices=("off", "inverse"), default="off", help="weight of a class in the loss: 1, or the "
-        "inverse of its share")  # fmt: skip
-    add("--clip-grad", type=between(0, kind=float), default=5.0, help="largest norm of the gradient; 0: no limit")
-    add("--amp", **switch | {"default": True}, help="mixed precision on CUDA")
-    add("--deterministic", **switch, help="the same numbers in every run, slower on CUDA")
-    add("--device", default="auto", help="cuda, cuda:1, mps or cpu; auto: the first of these that is there")
+def add_model_flags(add):
+    add("--model", choices=MODELS, default="mobilenet_v2_3d", help="network")
+    add("--mode", choices=MODES, default="standard", help="high_temporal keeps all frames")
+    add("--width-mult", type=between(0.05, kind=float), default=1.0, help="factor on the channels")
+    add("--weights", type=str, default="auto", help="none, kinetics, auto (kinetics if any), FILE")
+    add("--freeze", **SWITCH, default=False, help="train the last linear layer alone")
+
+
+def add_training_flags(add):
+    add("--debug", **SWITCH, default=False, help="5 %% of one epoch, pictures in debug_output/")
+    add("--epochs", type=COUNT, default=10, help="passes over the training videos; debug: 1")
+    add("--batch-size", type=COUNT, default=16, help="clips per update, over all processes")
+    add("--micro-batch", type=NUMBER, default=0, help="clips at a time; 0: all, on a CPU 5 GB")
+    add("--lr", type=REAL, default=0.003, help="peak learning rate of AdamW")
+    add("--backbone-lr", type=REAL, help="share of it before the last layer; None: 0.1 if trained")
+    add("--weight-decay", type=REAL, default=0.02, help="on convolutions and the last layer")
+    add("--warmup", type=REAL, default=3.0, help="epochs to the peak, then a cosine to 1 %% of it")
+    add("--class-weights", choices=("off", "inverse"), default="off", help="in the loss")
+    add("--amp", **SWITCH, default=True, help="bfloat16 on GPUs that have it")
+    add("--device", type=str, default="auto", help="cuda, cuda:1, mps, cpu; auto: the first there")
     add("--seed", type=int, default=0, help="of split, weights, order and augmentation")
-    add("--checkpoint-dir", type=Path, default=Path("checkpoints"), help="folder for the checkpoints and tables")
-    add("--resume", **switch, help="go on with the run in --checkpoint-dir; its flags need not be given again")
-    add("--evaluate", type=Path, metavar="CHECKPOINT", help="no training: accuracies on test, where the split has it, "
-        "else on val")  # fmt: skip
+    add("--checkpoint-dir", type=Path, default=Path("checkpoints"), help="for all that is kept")
+    add("--resume", **SWITCH, default=False, help="go on with the run in --checkpoint-dir")
+    add("--evaluate", type=Path, help="no training: accuracies of this file on test, else on val")
 
-    early = parser.parse_args(argv)
-    source = early.evaluate or (early.checkpoint_dir / "last.pt" if early.resume and not early.debug else None)
-    saved = {}
-    if source and (early.evaluate or source.exists()):
-        saved = {k: v for k, v in load_checkpoint(source)[1]["args"].items() if k not in OF_THE_MACHINE}
-        parser.set_defaults(**saved)
-    args = parser.parse_args(argv)
-    for name in FIXED if early.evaluate else FIXED_IN_A_RUN:
-        if saved and saved[name] != plain(vars(args)[name]):
-            flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{flag} {plain(vars(args)[name])} contradicts {source}, which was trained with {flag} "
-                            f"{saved[name]}: leave the flag out, or choose another --checkpoint-dir")  # fmt: skip
+
+def parse_args(argv=None, saved=None):
+    """The flags; those that are not given are as in `saved`, else as the help says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=TypeHelpFormatter)
+    add_data_flags(parser.add_argument_group("data").add_argument)
+    add_model_flags(parser.add_argument_group("model").add_argument)
+    add_training_flags(parser.add_argument_group("training").add_argument)
+    args = parser.parse_args(argv, argparse.Namespace(**saved or {}))
     if args.debug:
-        args.checkpoint_dir, args.epochs, args.workers, args.cache_gb = Path("debug_output"), 1, 0, 0.0
-        args.resume = False
+        vars(args).update(epochs=1, workers=0, cache_gb=0.0, resume=False)
+        args.checkpoint_dir = Path("debug_output")
     return args
 
 
-def plain(value):
-    """A flag's value as a number or text, which a checkpoint loads with weights_only=True and argparse reads again."""
-    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+def settings(argv):
+    """(flags, network, checkpoint): the last two from the file of --evaluate or --resume, or None.
+
+    The file also holds the flags of its run. Some it fixes, the others hold where none is given.
+    """
+    args = parse_args(argv)
+    if not args.evaluate and not (args.resume and source(args).exists()):
+        return args, None, None
+    with user_errors():
+        model, checkpoint = load_checkpoint(source(args))
+    saved = remembered(checkpoint["args"])
+    saved["size"] = tuple(checkpoint["size"])
+    args = parse_args(argv, saved)
+    for name in fixed(args):
+        setattr(args, name, saved[name])
+    return args, model.requires_grad_(True), checkpoint
 
 
-def start_processes(args):
-    """(rank, number of processes, device). Under torchrun each process joins a group: nccl on GPUs, gloo on CPUs."""
-    world, device = int(os.environ.get("WORLD_SIZE", 1)), args.device
-    if world > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    device = pick_device(device)
-    if world > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return (dist.get_rank() if world > 1 else 0), world, device
+def source(args):
+    """The file that --evaluate or --resume reads."""
+    return args.evaluate or args.checkpoint_dir / "last.pt"
 
 
-def pick_micro_batch(args, device, world=1):
-    """A GPU takes its part of the batch in one piece; the CPU what fits 5 GB, or half of the free RAM."""
-    share = -(-args.batch_size // world)
-    if args.micro_batch or device.type != "cpu":
-        return min(args.micro_batch or share, share)
-    kind = args.mode if args.model == "mobilenet_v2_3d" else args.model
-    clip_bytes = BYTES_PER_PIXEL[kind] * max(0.5, args.width_mult) * args.clip_len * math.prod(args.size)
-    return min(share, 2 ** int(math.log2(max(1, min(5e9, free_memory() / 2) / world / clip_bytes))))
+def remembered(flags):
+    return {name: value for name, value in flags.items() if name not in OF_START}
 
 
-def start_model(args, num_classes):
-    """(network, where its weights came from); UserError if weights were asked for that can't be had."""
-    model = build_model(args.model, num_classes, args.mode, args.width_mult)
+def fixed(args):
+    """{flag: value} of those that the file decides."""
+    return {name: getattr(args, name) for name in (OF_NETWORK if args.evaluate else OF_RUN)}
+
+
+# -------------------------------------------------------------------------------------- processes
+
+
+@contextmanager
+def user_errors(start=""):
+    """An OSError or ValueError with a sentence for the user becomes a UserError."""
     try:
-        return model, load_weights(model, args.model, args.weights)
-    except OSError as error:
-        if args.weights == "auto":
-            return model, "none"
-        what = f"put them at {kinetics_file()}" if args.weights == "kinetics" else "give the path of another file"
-        raise UserError(f"the weights {args.weights} can't be had ({error}): {what}, or use --weights none") from error
-    except ValueError as error:
-        raise UserError(str(error)) from error
+        yield
+    except (OSError, ValueError) as error:
+        raise UserError(f"{start}{error}") from error
 
 
-def start_optimizer(model, args, trained):
-    """No decay on batch norm and biases; a lower rate for a trained backbone than for the new linear layer."""
-    factor = args.backbone_lr if args.backbone_lr is not None else 0.1 if trained else 1.0
-    groups = [
-        {"params": [p for p in part.parameters() if (p.ndim > 1) == decays], "factor": f,
-         "weight_decay": args.weight_decay * decays}
-        for part, f in ((model.features, factor), (model.classifier, 1.0)) for decays in (True, False)
-    ]  # fmt: skip
-    if args.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=args.lr)
-    return torch.optim.SGD(groups, lr=args.lr, momentum=0.9, nesterov=True)
+class Processes:
+    """This process among those that torchrun started; if it is alone, the methods do nothing.
+
+    rank: its number, from 0. world: how many there are. device: where this one computes.
+
+    They talk by nccl on GPUs, by gloo on CPUs. Gradients are added up here, once per update, and
+    not by DistributedDataParallel: so micro-batches need no special case, and a process whose
+    memory runs out may compute its part again.
+    """
+
+    def __init__(self, device):
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        if self.world > 1:
+            local_rank = int(os.environ["LOCAL_RANK"])
+            if local_rank < torch.cuda.device_count():
+                torch.cuda.set_device(local_rank)
+            dist.init_process_group()
+        with user_errors():
+            self.device = pick_device(device)
+
+    def say(self, text):
+        """Print, once for all processes."""
+        if self.rank == 0:
+            print(text)
+
+    @contextmanager
+    def first(self):
+        """Process 0 goes through the block before the others, which find what it made."""
+        if self.rank > 0:
+            dist.barrier()
+        yield
+        if self.rank == 0 and self.world > 1:
+            dist.barrier()
+
+    def add_up(self, tensors):
+        """Each tensor becomes, in place, the sum of those of all processes."""
+        for tensor in tensors:
+            if self.world > 1:
+                dist.all_reduce(tensor)
+
+    def gather(self, items):
+        """The lists of all processes, one after the other."""
+        if self.world == 1:
+            return items
+        lists = [None] * self.world
+        dist.all_gather_object(lists, items)
+        return sum(lists, [])
+
+    def close(self):
+        if self.world > 1:
+            dist.destroy_process_group()
+
+
+# ----------------------------------------------------------------------------------------- memory
+
+
+def free_memory():
+    """Bytes of RAM that can be taken, on Linux at most what a container's limit leaves."""
+    try:
+        meminfo = Path("/proc/meminfo").read_text()
+    except OSError:
+        return 8e9  # Windows and macOS: no figure without a further package
+    free = 1024 * int(re.search(r"MemAvailable: +(\d+)", meminfo)[1])
+    try:
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):  # no container, or one without a limit
+        return free
+    return max(0, min(free, limit - used))
+
+
+def keep_freed_memory():
+    """Let this process keep freed memory for its next tensors, on Linux; it needs a quarter more.
+
+    glibc gives blocks over 32 MB back to the system at once, and a training step on the CPU then
+    spends up to half its time on getting them back zeroed (measured: 1.1 to 0.6 s per clip).
+    """
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
+
+
+def pick_micro_batch(args, model, processes):
+    """A GPU takes its share of the batch whole, a CPU what fits 5 GB or half of the free RAM."""
+    share = math.ceil(args.batch_size / processes.world)
+    if args.micro_batch or processes.device.type != "cpu":
+        return min(args.micro_batch or share, share)
+    clip_bytes = model.step_bytes * args.clip_len * math.prod(args.size)
+    fitting = min(5e9, free_memory() / 2) / processes.world / clip_bytes
+    return min(share, 2 ** int(math.log2(max(1, fitting))))
+
+
+# -------------------------------------------------------------------------------- data and network
+
+
+def find_data(args, processes):
+    """The data module: first by process 0, which draws the demo and remembers checked videos."""
+    data = ExerciseVideoDataModule(
+        data=args.data,
+        clip=ClipFormat(args.size, args.clip_len, args.clip_fps),
+        batch_size=args.batch_size,
+        workers=args.workers,
+        cache_gb=args.cache_gb,
+        debug=args.debug,
+        seed=args.seed,
+        background_ratio=args.background_ratio,
+        rank=processes.rank,
+        world=processes.world,
+        pin_memory=processes.device.type == "cuda",
+    )
+    with processes.first():
+        if Path(args.data) == DEMO and not DEMO.exists():
+            render_demo(DEMO)
+        data.setup()
+    return data
+
+
+def video_names(data, data_set):
+    """The videos of a data set, relative to the data's folder, sorted."""
+    return sorted({str(segment.path.relative_to(data.data)) for segment in data_set.segments})
+
+
+def check_data(args, data, checkpoint):
+    """UserError if the data has other classes than the checkpoint, or a run other videos."""
+    if checkpoint["classes"] != data.classes:
+        raise UserError(
+            f"{args.data} has the classes {', '.join(data.classes)}, but {source(args)} was "
+            f"trained on {', '.join(checkpoint['classes'])}"
+        )
+    moved = set(checkpoint["split"]["train"]) ^ set(video_names(data, data.train_set))
+    if moved and not args.evaluate:
+        raise UserError(
+            f"{args.data} does not have the training videos that {source(args)} was begun with, "
+            f"for one {min(moved)}: put them as they were, or start anew without --resume"
+        )
+
+
+def start_model(args, data):
+    """(network, checkpoint) of a new run. UserError if weights were asked for that can't be had."""
+    model = build_model(args.model, len(data.classes), args.mode, args.width_mult)
+    checkpoint = new_checkpoint(model, data.classes, args.size, args.clip_len, args.clip_fps)
+    train = video_names(data, data.train_set)
+    checkpoint["split"] = {"train": train, "val": video_names(data, data.val_set)}
+    place = weights_file(args.model) or args.weights
+    with user_errors(f"--weights {args.weights}: put it at {place}, or use --weights none: "):
+        try:
+            checkpoint["weights"] = load_weights(model, args.weights)
+        except OSError:
+            if args.weights != "auto":
+                raise
+    return model, checkpoint
+
+
+def warning(args, checkpoint):
+    """For the user, if there are trained weights for the network that could not be had; else ""."""
+    place = weights_file(args.model)
+    if place is None or args.weights != "auto" or checkpoint["weights"] != "none":
+        return ""
+    return (
+        "*** The Kinetics-400 weights could not be had: RANDOM weights need far more videos.\n"
+        f"*** To change that, put the file at {place}\n"
+    )
+
+
+def describe(args, data, checkpoint, loader, processes):
+    """Print what is trained, on what."""
+    say = processes.say
+    say("\n".join(data.notes))
+    train = Counter(segment.label for segment in data.train_set.segments)
+    val = Counter(segment.label for segment in data.val_set.segments)
+    counts = [f"{name} {train[i]}+{val[i]}" for i, name in enumerate(data.classes)]
+    say(f"videos     {train.total()} to train + {val.total()} to validate: {', '.join(counts)}")
+    if args.class_weights != "off":
+        weights = zip(data.classes, data.class_weights().tolist(), strict=True)
+        say("weights    " + ", ".join(f"{name} {weight:.2f}" for name, weight in weights))
+    say(f"clips      {args.clip_len} frames, {args.clip_fps:g} per second, {args.size} (W, H)")
+    say(f"network    {args.model}, weights: {checkpoint['weights']}")
+    say(f"device     {processes.world} x {processes.device}, {args.micro_batch} clips at a time")
+    say(f"per epoch  {limit(loader, args)} batches of at most {args.batch_size} clips")
+    n_classes = len(data.classes)
+    loss = math.log(n_classes)
+    say(f"{warning(args, checkpoint)}at start   a loss of about ln({n_classes}) = {loss:.3f}")
+
+
+# ----------------------------------------------------------------------------------------- update
+
+
+def start_criterion(args, data, device):
+    """Logits (B, classes) and labels (B,) -> the sum of the losses of the clips."""
+    weights = None
+    if args.class_weights == "inverse":
+        weights = data.class_weights().to(device)
+    return nn.CrossEntropyLoss(weights, reduction="sum", label_smoothing=LABEL_SMOOTHING)
+
+
+def start_optimizer(model, args, checkpoint):
+    """AdamW; no decay on batch norm and biases, a lower rate for a trained backbone."""
+    backbone = args.backbone_lr
+    if backbone is None:
+        backbone = 1.0 if checkpoint["weights"] == "none" else 0.1
+    groups = []
+    for part, factor in ((model.features, backbone), (model.classifier, 1.0)):
+        kernels = [p for p in part.parameters() if p.ndim > 1]
+        others = [p for p in part.parameters() if p.ndim == 1]
+        groups.append({"params": kernels, "factor": factor, "weight_decay": args.weight_decay})
+        groups.append({"params": others, "factor": factor, "weight_decay": 0.0})
+    optimizer = torch.optim.AdamW(groups, lr=args.lr)
+    if "optimizer" in checkpoint:
+        optimizer.load_state_dict(checkpoint.pop("optimizer"))
+    return optimizer
 
 
 def learning_rate(step, steps_per_epoch, args):
     """Linear warm-up, then half a cosine down to 1 % of the peak; `step` counts updates from 0."""
-    warmup, total = args.warmup * steps_per_epoch, args.epochs * steps_per_epoch
+    warmup = args.warmup * steps_per_epoch
+    rest = max(1, args.epochs * steps_per_epoch - warmup)
     if step < warmup:
         return args.lr * (step + 1) / (warmup + 1)
-    return args.lr * (0.505 + 0.495 * math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    return args.lr * (0.505 + 0.495 * math.cos(math.pi * (step - warmup) / rest))
 
 
-def peak_memory(device):
-    """GB: the most that was taken on the GPU, else the largest resident size of this process so far."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        import resource
-    except ImportError:  # Windows
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+# ------------------------------------------------------------------------------------------- train
 
 
-def save(path, write):
-    """`write(file)` into a file that takes the place of `path` whole: a kill or a full disk leaves the old one."""
-    part = path.with_name(f"{path.name}.part")
-    try:
-        with open(part, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        raise UserError(f"{path} can't be saved ({str(error).splitlines()[0]}): what was saved before stays") from error
-    finally:
-        part.unlink(missing_ok=True)
+def limit(loader, args):
+    """Batches of an epoch: all, in debug mode 5 % of them."""
+    share = 0.05 if args.debug else 1.0
+    return max(1, round(share * len(loader)))
 
 
-def save_csv(path, rows):
-    text = io.StringIO()
-    csv.writer(text).writerows(rows)
-    save(path, lambda file: file.write(text.getvalue().encode()))
+def progress(loader, title, args, processes):
+    """The batches of an epoch, with a progress bar."""
+    n = limit(loader, args)
+    return tqdm(islice(loader, n), title, n, unit="batch", leave=False, disable=processes.rank > 0)
 
 
-def confusion_picture(confusion, classes):
-    """Counts (true, predicted) as uint8 BGR: a row a true class, deeper is a larger share of it, red is wrong."""
-    cell, font, black = 44, cv2.FONT_HERSHEY_SIMPLEX, (0, 0, 0)
-    widths = [cv2.getTextSize(name, font, 0.55, 1)[0][0] for name in classes]
-    margin, side = max(150, 24 + max(widths)), cell * len(classes)
+def compute(model, clips, amp):
+    """uint8 clips (B, T, C, H, W) -> float32 logits (B, classes) on the network's device."""
+    clips = model.prepare(clips)
+    amp = amp and clips.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    with torch.autocast("cuda", torch.bfloat16, enabled=amp):
+        return model(clips).float()
 
-    def names(order):
-        strip = np.full((side, margin, 3), 255, np.uint8)
-        for place, i in enumerate(order):
-            start = margin - 10 - widths[i], cell * place + 28
-            cv2.putText(strip, classes[i], start, font, 0.55, black, 1, cv2.LINE_AA)
-        return strip
 
-    picture = np.full((margin + side + 8, margin + side + 8, 3), 255, np.uint8)
-    picture[margin:-8, :margin] = names(range(len(classes)))
-    picture[:margin, margin:-8] = cv2.rotate(names(range(len(classes))[::-1]), cv2.ROTATE_90_CLOCKWISE)
-    cv2.putText(picture, "row: true", (10, margin - 30), font, 0.5, black, 1, cv2.LINE_AA)
-    cv2.putText(picture, "column: predicted", (10, margin - 10), font, 0.5, black, 1, cv2.LINE_AA)
-    for i, j in np.ndindex(*confusion.shape):
-        top, left, n = margin + cell * i, margin + cell * j, confusion[i, j]
-        ink = np.array([80, 60, 200] if i == j else [200, 200, 40]) * n / max(1, confusion[i].sum())
-        picture[top : top + cell - 1, left : left + cell - 1] = 255 - (ink if n else 10)
-        if n:
-            width = cv2.getTextSize(str(n), font, 0.5, 1)[0][0]
-            place = left + (cell - width) // 2, top + 28
-            cv2.putText(picture, str(n), place, font, 0.5, black, 1, cv2.LINE_AA)
-    return picture
+def gradients(model, batch, criterion, args, scale):
+    """Add up the gradients of `scale` times the sum of the clips' losses, a micro-batch at a time.
+
+    Returns float64 (sum of losses, correct, clips).
+    """
+    sums = torch.zeros(3, dtype=torch.float64)
+    n = args.micro_batch
+    for clips, labels in zip(batch.clips.split(n), batch.labels.split(n), strict=True):
+        logits = compute(model, clips, args.amp)
+        loss = criterion(logits, labels.to(logits.device))
+        (scale * loss).backward()
+        correct = (logits.argmax(1).cpu() == labels).sum()
+        sums += torch.tensor([loss.item(), correct, len(labels)])
+    return sums
+
+
+def gradients_that_fit(model, batch, criterion, args, scale):
+    """`gradients`; each time the GPU's memory runs out, anew with half the micro-batch."""
+    while True:
+        try:
+            return gradients(model, batch, criterion, args, scale)
+        except torch.OutOfMemoryError:
+            model.zero_grad()
+        if args.micro_batch == 1:
+            raise UserError("the GPU's memory is too small for --micro-batch 1 at this --size")
+        args.micro_batch //= 2
+        tqdm.write(f"the GPU's memory is full: from here on {args.micro_batch} clips at a time")
+
+
+def apply_gradients(model, optimizer, lr):
+    """One step of the optimizer; the gradients are cleared."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["factor"]
+    nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def train_epoch(model, loader, criterion, optimizer, args, processes):
+    """One pass over the training clips -> dict of figures."""
+    # All random draws follow from (seed, epoch, process), so a run that goes on makes the same.
+    epoch = loader.batch_sampler.epoch
+    torch.manual_seed(1000 * (1000 * args.seed + epoch) + processes.rank)
+    model.train()
+    model.features.train(not args.freeze)
+
+    steps = limit(loader, args)
+    sizes = loader.batch_sampler.batch_sizes
+    totals = torch.zeros(3, dtype=torch.float64)  # sum of losses, correct, clips
+    started = time.time()
+    bar = progress(loader, f"epoch {epoch + 1}/{args.epochs}", args, processes)
+    for step, batch in enumerate(bar):
+        # gradients of the mean loss of the clips of all processes
+        sums = gradients_that_fit(model, batch, criterion, args, scale=1 / sizes[step])
+        if not sums.isfinite().all():
+            refuse(batch, loader.dataset, f"epoch {epoch + 1}, step {step + 1}")
+        processes.add_up(p.grad for p in model.parameters() if p.grad is not None)
+        # update
+        lr = learning_rate(epoch * steps + step, steps, args)
+        apply_gradients(model, optimizer, lr)
+        # progress
+        totals += sums
+        loss, correct, clips = totals.tolist()
+        bar.set_postfix_str(f"loss {loss / clips:.3f}, top1 {correct / clips:.1%}")
+    seconds = time.time() - started
+
+    average_statistics(model, processes)
+    loss, correct, clips = sum(processes.gather([totals])).tolist()
+    figures = {"train_loss": loss / clips, "train_top1": correct / clips}
+    return figures | {"lr": lr, "clips_per_s": clips / seconds}
+
+
+def refuse(batch, data_set, where):
+    paths = {str(data_set.segments[i].path) for i in batch.videos.tolist()}
+    files = ", ".join(sorted(paths))
+    raise UserError(f"the loss is not finite in {where}: look at {files}, or lower --lr")
+
+
+def average_statistics(model, processes):
+    """Each process normalised its own clips: the running averages become those of all."""
+    averages = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    processes.add_up(averages)
+    for average in averages:
+        average /= processes.world
+
+
+# ---------------------------------------------------------------------------------------- evaluate
 
 
 @torch.inference_mode()
-def evaluate(model, dataset, loader, n_batches, micro_batch, to_logits, rank=0, world=1):
-    """Accuracies (dict of floats, 0..1) and the confusion matrix of the videos: int64 counts (true, predicted).
+def evaluate(model, loader, args, processes):
+    """(figures, confusion) of the clips of a loader, as `accuracies` returns them.
 
-    The accuracy of clips is that of the centred clip of each video; for the accuracy of videos the softmax is averaged
-    over the video's clips. The mean over classes leaves out those without a video. Each process computes its share of
-    the clips, and all get the figures of the whole.
+    Each process computes its share of the clips, and all get the figures of the whole.
     """
-    network, seen = fold_batch_norm(model), []
-    for clips, labels, items in tqdm(islice(loader, n_batches), "  validate", n_batches, unit="batch", leave=False,
-                                     disable=rank > 0):  # fmt: skip
-        seen.append((torch.cat([to_logits(network, clip).cpu() for clip in clips.split(micro_batch)]), labels, items))
-    if world > 1:
-        parts = [None] * world
-        dist.all_gather_object(parts, seen)
-        seen = sum(parts, [])
-    logits, labels, items = (torch.cat(column) for column in zip(*seen, strict=True))
-    centred = torch.tensor([dataset.items[i][2] for i in items])
-    videos, number = torch.tensor([dataset.items[i][0] for i in items]).unique(return_inverse=True)
-    n, n_classes = len(videos), logits.shape[1]
-    scores = torch.zeros(n, n_classes).index_add(0, number, logits.softmax(1))
-    truth = torch.zeros(n, dtype=torch.long).scatter(0, number, labels)
+    network = fold_batch_norm(model)
+    seen = []
+    for batch in progress(loader, "  validate", args, processes):
+        pieces = batch.clips.split(args.micro_batch)
+        logits = torch.cat([compute(network, clips, args.amp).cpu() for clips in pieces])
+        seen.append((logits, batch.labels, batch.videos, batch.centred))
+    columns = zip(*processes.gather(seen), strict=True)
+    return accuracies(*map(torch.cat, columns))
+
+
+def accuracies(logits, labels, videos, centred):
+    """Dict of figures (accuracies 0..1), and the confusion of videos, int64 (true, predicted).
+
+    Args:
+        logits, labels: (clips, classes) and (clips,).
+        videos: (clips,), the number of the video, over whose clips the softmax is averaged.
+        centred: bool (clips,), one per video, for the loss and the accuracy of clips.
+    The mean over classes leaves out those without a video.
+    """
+    videos, number = videos.unique(return_inverse=True)
+    n_classes = logits.shape[1]
+    scores = torch.zeros(len(videos), n_classes).index_add(0, number, logits.softmax(1))
+    truth = torch.zeros(len(videos), dtype=torch.long).scatter(0, number, labels)
     hits = scores.topk(min(5, n_classes)).indices == truth[:, None]
     confusion = torch.bincount(truth * n_classes + scores.argmax(1), minlength=n_classes**2)
     confusion = confusion.view(n_classes, n_classes)
     recall = confusion.diag() / confusion.sum(1)
-    metrics = {
+    figures = {
         "val_loss": F.cross_entropy(logits[centred], labels[centred]),
         "val_clip_top1": (logits.argmax(1) == labels)[centred].float().mean(),
         "val_video_top1": hits[:, 0].float().mean(),
         "val_video_top5": hits.any(1).float().mean(),
-        "val_video_mean_class": recall[confusion.sum(1) > 0].mean(),
+        "val_video_mean_class": recall.nanmean(),  # without videos 0 / 0
     }
-    return {name: value.item() for name, value in metrics.items()}, confusion
+    return {name: value.item() for name, value in figures.items()}, confusion
+
+
+def evaluate_checkpoint(model, data, args, processes):
+    """--evaluate: accuracies on the test videos where there are some, else on those of val."""
+    part = "test" if data.test_set else "val"
+    loader = data.test_dataloader() if data.test_set else data.val_dataloader()
+    figures, confusion = evaluate(model, loader, args, processes)
+    if processes.rank > 0:
+        return
+    print("\n".join(data.notes))
+    print(f"{part} videos of {args.data}: {as_text(figures)}")
+    stem = f"{args.evaluate.stem}_{part}_confusion"
+    report(confusion, data.classes, args.evaluate.with_name(stem))
+
+
+def as_text(figures):
+    return ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+
+
+# ------------------------------------------------------------------------------------ keep, report
+
+
+def save(path, checkpoint):
+    with replacing(path) as part:
+        torch.save(checkpoint, part)
+
+
+def keep(checkpoint, figures, confusion, model, optimizer, args):
+    """Add an epoch to the checkpoint and save it as last.pt, and as <model>.pt if it is the best.
+
+    The best has the highest mean accuracy per class of the videos; among equals the lower loss.
+    """
+    folder = args.checkpoint_dir
+    history = checkpoint["history"]
+    epoch = checkpoint["epoch"] + 1
+    history.append({"epoch": epoch} | figures)
+    flags = remembered(vars(args))
+    checkpoint.update(epoch=epoch, metrics=figures, args=flags, model=model.state_dict())
+    score = [figures["val_video_mean_class"], -figures["val_loss"]]
+    if score > checkpoint["best"]:
+        checkpoint.update(best=score, confusion=confusion)
+        save(folder / f"{args.model}.pt", checkpoint)
+    save(folder / "last.pt", checkpoint | {"optimizer": optimizer.state_dict()})
+    names = list(history[-1])
+    write_csv(folder / "metrics.csv", [names, *(map(row.get, names) for row in history)])
 
 
 def report(confusion, classes, stem):
-    """Print the table of classes and the three most frequent confusions; write stem.csv and stem.png."""
-    counts, right, width = confusion.sum(1).tolist(), confusion.diag().tolist(), max(map(len, classes))
-    for name, n, r in zip(classes, counts, right, strict=True):
-        print(f"  {name:{width}} {r:4} of {n:4} videos" + (f" {r / n:7.1%}" if n else ""))
-    wrong = confusion - confusion.diag().diag()
-    for place in wrong.flatten().argsort(descending=True, stable=True)[:3].tolist():
-        i, j = divmod(place, len(classes))
-        if wrong[i, j]:
-            print(f"confused   {classes[i]} taken for {classes[j]}: {wrong[i, j]} of {counts[i]}")
-    table = [["true / predicted", *classes], *([c, *row] for c, row in zip(classes, confusion.tolist(), strict=True))]
-    save_csv(stem.with_suffix(".csv"), table)
-    png = cv2.imencode(".png", confusion_picture(confusion.numpy(), classes))[1].tobytes()
-    save(stem.with_suffix(".png"), lambda file: file.write(png))
+    """Print the accuracy per class and the three worst confusions; write stem.csv and stem.png."""
+    rows = confusion.tolist()
+    counts = confusion.sum(1).tolist()
+    for i, name in enumerate(classes):
+        accuracy = f"{rows[i][i] / counts[i]:8.1%}" if counts[i] else ""
+        print(f"  {name:20} {rows[i][i]:4} of {counts[i]:4} videos{accuracy}")
+    errors = [(n, i, j) for (i, j), n in np.ndenumerate(confusion) if i != j and n]
+    for n, i, j in sorted(errors, reverse=True)[:3]:
+        print(f"confused   {classes[i]} taken for {classes[j]}: {n} of {counts[i]}")
+
+    table = [[name, *row] for name, row in zip(classes, rows, strict=True)]
+    write_csv(stem.with_suffix(".csv"), [["true / predicted", *classes], *table])
+    write_png(stem.with_suffix(".png"), confusion_picture(confusion.numpy(), classes))
     print(f"tables     {stem}.csv, and as a picture {stem}.png")
 
 
-def find_data(args, rank, world):
-    """The data module, set up: first by process 0, which renders the demo and remembers which videos are good."""
-    data = ExerciseVideoDataModule(args.data, args.size, args.clip_len, args.clip_fps, args.batch_size, args.workers,
-                                   args.cache_gb, args.debug, args.seed, args.background_ratio, rank=rank,
-                                   world=world)  # fmt: skip
-    if rank > 0:
-        dist.barrier()
-    data.setup()
-    if rank == 0 and world > 1:
-        dist.barrier()
-    return data
+CELL = 44  # pixels
+RIGHT = np.array([80, 60, 200])  # what ink takes from white, in BGR
+WRONG = np.array([200, 200, 40])
 
 
-def find_model(args, data, source):
-    """(network, checkpoint dict): from the file `source`, or where that is None new, with what a checkpoint tells."""
-    split = {name: sorted({str(s.path.relative_to(args.data)) for s in part.segments})
-             for name, part in (("train", data.train_set), ("val", data.val_set))}  # fmt: skip
-    if source:
-        model, saved = load_checkpoint(source)
-        if saved["classes"] != data.classes:
-            raise UserError(f"{args.data} has the classes {', '.join(data.classes)}, but {source} was trained on "
-                            f"{', '.join(saved['classes'])}")  # fmt: skip
-        if not args.evaluate and (moved := set(split["train"]) ^ set(saved["split"]["train"])):
-            raise UserError(f"{args.data} does not have the training videos that {source} was begun with, for one "
-                            f"{min(moved)}: put them as they were, or start anew without --resume")  # fmt: skip
-        return model.requires_grad_(True), saved
-    model, weights = start_model(args, len(data.classes))
-    mean, std = KINETICS if args.model == "pretrained_resnet" else IMAGENET
-    return model, {  # plain dicts, lists, numbers, strings and tensors: it loads with weights_only=True
-        "format": 1,
-        "model_name": args.model,
-        "model_args": {"num_classes": len(data.classes), "mode": args.mode, "width_mult": args.width_mult},
-        "weights": weights,
-        "classes": data.classes,
-        "size": list(args.size),
-        "clip_len": args.clip_len,
-        "clip_fps": args.clip_fps,
-        "mean": list(mean),
-        "std": list(std),
-        "epoch": 0,
-        "history": [],
-        "best": [-1.0, 0.0],
-        "split": split,
-    }
+def put_text(picture, text, x, y):
+    cv2.putText(picture, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
 
 
-def describe(args, data, model, checkpoint, device, world, n_batches, micro_batch):
-    train, val = (Counter(s.label for s in part.segments) for part in (data.train_set, data.val_set))
-    print("\n".join(data.notes))
-    print(f"device     {device}" + f", {world} processes" * (world > 1))
-    print(f"network    {args.model}, {sum(p.numel() for p in model.parameters()):,} parameters, "
-          f"weights: {checkpoint['weights']}")  # fmt: skip
-    print(f"clips      {args.clip_len} frames at {args.clip_fps:g} a second, {args.size[0]}x{args.size[1]} (WxH)")
-    print("videos     " + ", ".join(f"{c} {train[i]}+{val[i]}" for i, c in enumerate(data.classes)))
-    print(f"           {train.total()} to train and {val.total()} to validate, {len(data.classes)} classes")
-    if args.class_weights != "off":
-        weights = data.class_weights().tolist()
-        print("weights    " + ", ".join(f"{c} {w:.2f}" for c, w in zip(data.classes, weights, strict=True)))
-    print(f"an epoch   {min(n_batches * args.batch_size, train.total())} clips in {n_batches} batches of at most "
-          f"{args.batch_size}, {micro_batch} at a time")  # fmt: skip
+def confusion_picture(confusion, classes):
+    """uint8 BGR: one row per true class, deeper for a larger share of it, red for wrong."""
+    margin = 20 + 10 * max(map(len, classes))
+    side = margin + CELL * len(classes)
+    picture = np.full((side, side, 3), 255, np.uint8)
+
+    # names, at the left and turned at the top
+    for i, name in enumerate(classes):
+        put_text(picture, name, 10, margin + CELL * i + 28)
+    names = picture[margin:, :margin]
+    picture[:margin, margin:] = cv2.rotate(names, cv2.ROTATE_90_COUNTERCLOCKWISE)
+
+    # cells
+    for (i, j), count in np.ndenumerate(confusion):
+        cell = picture[margin + CELL * i :, margin + CELL * j :][: CELL - 1, : CELL - 1]
+        ink = RIGHT if i == j else WRONG
+        cell[:] = 245 - ink * count / max(1, confusion[i].sum())
+        if count:
+            put_text(cell, str(count), 10, 28)
+    return picture
 
 
-def gradients(net, to_logits, criterion, clips, labels, micro_batch, scale, scaler):
-    """Add up the gradients of `scale` times the sum of the clips' losses, computed in pieces.
-
-    Returns float64 (sum of losses, correct, clips), or None if CUDA ran out of memory; the gradients are then cleared.
-    """
-    sums = torch.zeros(3, dtype=torch.float64)
-    try:
-        for i in range(0, len(clips), micro_batch):
-            label, is_last = labels[i : i + micro_batch], i + micro_batch >= len(clips)
-            # DistributedDataParallel averages over the processes, which is wanted once, with the last piece
-            with nullcontext() if is_last or not hasattr(net, "no_sync") else net.no_sync():
-                logits = to_logits(net, clips[i : i + micro_batch])
-                loss = criterion(logits, label.to(logits.device))
-                scaler.scale(scale * loss).backward()
-            sums += torch.tensor([loss.item(), (logits.argmax(1).cpu() == label).sum().item(), len(label)])
-        return sums
-    except torch.OutOfMemoryError:
-        net.zero_grad()
-        return None
+def finish(args, data, checkpoint):
+    """Print how good the best epoch is, and what to do next."""
+    best = args.checkpoint_dir / f"{args.model}.pt"
+    print(f"{warning(args, checkpoint)}best       {best}: {checkpoint['best'][0]:.1%} per class")
+    report(checkpoint["confusion"], data.classes, args.checkpoint_dir / "confusion")
+    if args.debug:
+        print("look at    debug_output/*.png: above as read, below as trained on; and as videos")
+    video = data.val_set.segments[0].path
+    print(f"try next   python HeatMap.py --video {video} --checkpoint {best} --method hirescam")
 
 
-def main(args):
+# -------------------------------------------------------------------------------------------- main
+
+
+def main(argv=None):
     keep_freed_memory()
-    rank, world, device = start_processes(args)
-    say, folder, last = print if rank == 0 else lambda *_: None, args.checkpoint_dir, args.checkpoint_dir / "last.pt"
+
+    # flags; for --resume and --evaluate also the network and its checkpoint
+    args, model, checkpoint = settings(argv)
+    processes = Processes(args.device)
     torch.manual_seed(args.seed)
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"checkpoints can't be saved in {folder}: {error.strerror}") from error
-    data = find_data(args, rank, world)
-    source = args.evaluate or (last if args.resume and last.exists() else None)
-    model, checkpoint = find_model(args, data, source)
-    model.to(device)
-    use_amp = args.amp and device.type == "cuda"
-    dtype = torch.float32 if not use_amp else torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    micro_batch = pick_micro_batch(args, device, world)
 
-    def to_logits(network, clip):
-        clip = normalize(clip.to(device, non_blocking=True), checkpoint["mean"], checkpoint["std"])
-        with torch.autocast(device.type, dtype) if use_amp else nullcontext():
-            return network(clip).float()
+    # data
+    with user_errors(f"checkpoints can't be saved in {args.checkpoint_dir}: "):
+        args.checkpoint_dir.mkdir(parents=True, exist_ok=True)
+    data = find_data(args, processes)
 
-    if args.evaluate:
-        say("\n".join(data.notes))
-        part, dataset = ("test", data.test_set) if data.test_set else ("val", data.val_set)
-        loader = data.test_dataloader() if data.test_set else data.val_dataloader()
-        metrics, confusion = evaluate(model, dataset, loader, len(loader), micro_batch, to_logits, rank, world)
-        say(f"{source} (epoch {checkpoint['epoch']}) on the {part} videos of {args.data}: "
-            f"{', '.join(f'{k} {v:.4f}' for k, v in metrics.items())}, n {confusion.sum()}")  # fmt: skip
-        if rank == 0:
-            report(confusion, data.classes, args.evaluate.with_name(f"{args.evaluate.stem}_{part}_confusion"))
-        return
-
-    train_loader, val_loader, part = data.train_dataloader(), data.val_dataloader(), 0.05 if args.debug else 1.0
-    train_batches, val_batches = (max(1, round(part * len(loader))) for loader in (train_loader, val_loader))
-    model.features.requires_grad_(not args.freeze)
-    class_weights = data.class_weights().to(device) if args.class_weights == "inverse" else None
-    criterion = nn.CrossEntropyLoss(class_weights, reduction="sum", label_smoothing=args.label_smoothing)
-    optimizer = start_optimizer(model, args, trained=checkpoint["weights"] != "none")
-    scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
-    if source:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
-    net = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
-    if rank == 0:
-        describe(args, data, model, checkpoint, device, world, train_batches, micro_batch)
-    warning = ""
-    if args.model == "pretrained_resnet" and args.weights == "auto" and checkpoint["weights"] == "none":
-        warning = (f"*** The Kinetics-400 weights could not be had: RANDOM weights need far more videos.\n"
-                   f"*** To change that, put the file at {kinetics_file()}\n")  # fmt: skip
-    if source:
-        say(f"resumed    {source} after epoch {checkpoint['epoch']} of {args.epochs}")
+    # network
+    if checkpoint:
+        check_data(args, data, checkpoint)
+        processes.say(f"from       {source(args)}, epoch {checkpoint['epoch']}: {fixed(args)}")
     else:
-        if last.exists() and not args.debug:
-            say(f"replaced   the run in {folder} (--resume would go on with it)")
-        metrics, _ = evaluate(model, data.val_set, val_loader, 1, micro_batch, to_logits, rank, world)
-        say(f"{warning}at start   loss {metrics['val_loss']:.3f}; a network that knows nothing has "
-            f"ln({len(data.classes)}) = {math.log(len(data.classes)):.3f}")  # fmt: skip
+        model, checkpoint = start_model(args, data)
+    model.to(processes.device)
+    args.micro_batch = pick_micro_batch(args, model, processes)
+    if args.evaluate:
+        return evaluate_checkpoint(model, data, args, processes)
 
-    history, best = checkpoint["history"], tuple(checkpoint["best"])
+    # loaders, loss and optimizer
+    train_loader = data.train_dataloader()
+    val_loader = data.val_dataloader()
+    model.features.requires_grad_(not args.freeze)
+    criterion = start_criterion(args, data, processes.device)
+    optimizer = start_optimizer(model, args, checkpoint)
+    describe(args, data, checkpoint, train_loader, processes)
+
     for epoch in range(checkpoint["epoch"], args.epochs):
-        # All random draws of an epoch follow from (seed, epoch, process), so a run that goes on makes the same ones.
-        torch.manual_seed(1000 * (1000 * args.seed + epoch) + rank)
+        started = time.time()
         train_loader.batch_sampler.epoch = epoch
-        net.train()
-        model.features.train(not args.freeze)
-        started, totals = time.time(), torch.zeros(3, dtype=torch.float64)  # sum of losses, correct, clips
-        bar = tqdm(islice(train_loader, train_batches), f"epoch {epoch + 1}/{args.epochs}", train_batches, unit="batch",
-                   disable=rank > 0)  # fmt: skip
-        for step, (clips, labels, items) in enumerate(bar):
-            lr = learning_rate(epoch * train_batches + step, train_batches, args)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["factor"]
-            whole = len(share(range(len(data.train_set)), step, len(train_loader)))  # clips of the batch, all processes
-            while True:
-                sums = gradients(net, to_logits, criterion, clips, labels, micro_batch, world / whole, scaler)
-                if sums is not None:
-                    break
-                if micro_batch == 1 or world > 1:
-                    raise UserError(f"the GPU's memory is too small for --micro-batch {micro_batch} at this --size")
-                micro_batch //= 2
-                tqdm.write(f"the GPU's memory is full: from here on {micro_batch} clips at a time, the same batch")
-            if not sums.isfinite().all():
-                files = ", ".join(sorted({str(data.train_set.segments[i].path) for i in items.tolist()}))
-                raise UserError(f"the loss is not finite in epoch {epoch + 1}, step {step + 1}: look at {files}, or "
-                                "lower --lr")  # fmt: skip
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            totals += sums
-            bar.set_postfix(loss=f"{totals[0] / totals[2]:.3f}", top1=f"{totals[1] / totals[2]:.1%}", lr=f"{lr:.1e}",
-                            clips_s=f"{totals[2] * world / (time.time() - started):.1f}")  # fmt: skip
-        trained = time.time() - started
-        if world > 1:  # each process normalised its own clips: the running averages become those of all
-            dist.all_reduce(totals := totals.to(device))
-            for buffer in (b for b in model.buffers() if b.is_floating_point()):
-                dist.all_reduce(buffer)
-                buffer /= world
-        metrics, confusion = evaluate(model, data.val_set, val_loader, val_batches, micro_batch, to_logits, rank, world)
-        loss, correct, n = totals.tolist()
-        metrics = {"train_loss": loss / n, "train_top1": correct / n} | metrics
-        figures = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-        say(f"epoch {epoch + 1}: {figures}, {time.time() - started:.0f} s")
-        history.append({"epoch": epoch + 1} | metrics | {"lr": lr, "clips_per_s": n / trained,
-                       "seconds": time.time() - started, "peak_memory_gb": peak_memory(device)})  # fmt: skip
-        score = metrics["val_video_mean_class"], -metrics["val_loss"]  # among equals the lower loss
-        checkpoint |= {"confusion": confusion} if score > best else {}  # that of the best epoch
-        checkpoint |= {
-            "epoch": epoch + 1, "metrics": metrics, "history": history, "best": list(max(best, score)),
-            "args": {k: plain(v) for k, v in vars(args).items()} | {"micro_batch": micro_batch},
-            "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-        }  # fmt: skip
-        if rank == 0:
-            if score > best:
-                slim = {k: v for k, v in checkpoint.items() if k not in ("optimizer", "scaler")}
-                save(folder / f"{args.model}.pt", partial(torch.save, slim))
-            save(last, partial(torch.save, checkpoint))
-            save_csv(folder / "metrics.csv", [list(history[0]), *(row.values() for row in history)])
-        best = max(best, score)
+        figures = train_epoch(model, train_loader, criterion, optimizer, args, processes)
+        validation, confusion = evaluate(model, val_loader, args, processes)
+        figures |= validation
+        figures["seconds"] = time.time() - started
+        processes.say(f"epoch {epoch + 1}: {as_text(figures)}")
+        if processes.rank == 0:
+            keep(checkpoint, figures, confusion, model, optimizer, args)
 
-    if rank == 0:
-        print(f"{warning}best       mean per-class accuracy of videos {best[0]:.1%}, in {folder / args.model}.pt")
-        report(checkpoint["confusion"], data.classes, folder / "confusion")
-        if args.debug:
-            print("look at    debug_output/*.png: above as read, below as trained on; the same as videos beside them")
-        video = data.val_set.segments[0].path
-        print(f"try next   python HeatMap.py --video {video} --checkpoint {folder / args.model}.pt --method hirescam")
-    if world > 1:
-        dist.destroy_process_group()
-
-
-def interrupt(*_):
-    raise KeyboardInterrupt
+    if processes.rank == 0:
+        finish(args, data, checkpoint)
+    processes.close()
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, interrupt)  # what clusters and containers send before they kill
-    try:
-        main(parse_args())
-    except UserError as error:  # from a loader process it comes with a traceback in front of the sentence
-        sentence = str(error).splitlines()[-1].removeprefix("Dataset.UserError: ")
-        sys.stderr.write(f"Trainer.py: {sentence}\n")
-        sys.exit(2)
-    except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
-            sys.stderr.write("\nTrainer.py: stopped; whole epochs are kept: go on with the same command and --resume\n")
-        sys.exit(130)
+    run_script(main, "Trainer.py", "stopped; whole epochs are kept: go on with --resume")
