@@ -14,6 +14,7 @@ import copy
 import math
 import socket
 from collections import OrderedDict, namedtuple
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -21,25 +22,25 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.video import R3D_18_Weights, r3d_18
-from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import normalize, to_dtype
+
+# MobileNetV2's own table; in 3D the stride is that of time as well, or of space alone (MODES).
+inverted_residual_setting = [
+    # t (expansion), c (channels), n (blocks), s (stride of the first block)
+    (1, 16, 1, 1),
+    (6, 24, 2, 2),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+]
+
+MODES = ("standard", "high_temporal")
 
 # (mean, standard deviation) of red, green and blue, for pixels in 0..1
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 KINETICS = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)
-
-MODES = ("standard", "high_temporal")
-
-# The table of MobileNetV2, with a stride for time; the name is torchvision's.
-inverted_residual_setting = [
-    # t (expansion), c (channels), n (blocks), stride (T, H, W) of the first block
-    (1, 16, 1, (1, 1, 1)),
-    (6, 24, 2, (2, 2, 2)),
-    (6, 32, 3, (2, 2, 2)),
-    (6, 64, 4, (2, 2, 2)),
-    (6, 96, 3, (1, 1, 1)),
-    (6, 160, 3, (2, 2, 2)),
-    (6, 320, 1, (1, 1, 1)),
-]
 
 
 # ------------------------------------------------------------------------------------ the networks
@@ -79,10 +80,12 @@ class InvertedResidual3d(nn.Module):
         layers = []
         if expansion != 1:
             layers.append(ConvBNReLU6(c_in, hidden))
-        layers.append(ConvBNReLU6(hidden, hidden, kernel=3, stride=stride, groups=hidden))
-        layers.append(FastConv3d(hidden, c_out, 1, bias=False))
-        layers.append(nn.BatchNorm3d(c_out))
-        self.conv = nn.Sequential(*layers)
+        self.conv = nn.Sequential(
+            *layers,
+            ConvBNReLU6(hidden, hidden, kernel=3, stride=stride, groups=hidden),
+            FastConv3d(hidden, c_out, 1, bias=False),
+            nn.BatchNorm3d(c_out),
+        )
 
     def forward(self, x):
         if self.use_res_connect:
@@ -118,10 +121,8 @@ class VideoClassifier(nn.Module):
 
         Channels are innermost in memory.
         """
-        device = self.classifier[1].weight.device
-        clips = clips.to(device, non_blocking=True)
-        clips = v2.functional.to_dtype(clips, torch.float32, scale=True)
-        clips = v2.functional.normalize(clips, self.mean, self.std)
+        clips = clips.to(self.classifier[1].weight.device, non_blocking=True)
+        clips = normalize(to_dtype(clips, torch.float32, scale=True), self.mean, self.std)
         return clips.transpose(1, 2).contiguous(memory_format=torch.channels_last_3d)
 
     def head(self, x):
@@ -160,10 +161,9 @@ class SparseModel(VideoClassifier):
         channels = scale_channels(32, width_mult)
         stages = [ConvBNReLU6(3, channels, kernel=3, stride=(1, 2, 2))]
         # the rows of the table
-        for t, c, n, stride in inverted_residual_setting:
+        for t, c, n, s in inverted_residual_setting:
             c_out = scale_channels(c, width_mult)
-            if mode == "high_temporal":
-                stride = (1, *stride[1:])
+            stride = (1, s, s) if mode == "high_temporal" else (s, s, s)
             for _ in range(n):
                 stages.append(InvertedResidual3d(channels, c_out, stride, expansion=t))
                 channels = c_out
@@ -174,7 +174,6 @@ class SparseModel(VideoClassifier):
 
         super().__init__(nn.Sequential(*stages), last, num_classes, dropout)
         self.init_convolutions()
-        self.to(memory_format=torch.channels_last_3d)
         # measured, as that of VideoClassifier
         full_width = 2800 if mode == "high_temporal" else 1700
         self.step_bytes = full_width * max(0.5, width_mult)
@@ -193,12 +192,10 @@ class SparseModel(VideoClassifier):
 
 def video_resnet(net, num_classes):
     """A VideoResNet of torchvision, trained on Kinetics-400, as a VideoClassifier."""
-    stages = OrderedDict()
-    for name in ("stem", "layer1", "layer2", "layer3", "layer4"):
-        stages[name] = getattr(net, name)
-    channels = net.fc.in_features
-    model = VideoClassifier(nn.Sequential(stages), channels, num_classes, pixels=KINETICS)
-    return model.to(memory_format=torch.channels_last_3d)
+    stages = OrderedDict(net.named_children())  # stem, layer1 to layer4, avgpool, fc
+    channels = stages.pop("fc").in_features
+    del stages["avgpool"]
+    return VideoClassifier(nn.Sequential(stages), channels, num_classes, pixels=KINETICS)
 
 
 def pretrained_resnet(num_classes, mode, width_mult):
@@ -230,7 +227,7 @@ def build_model(name, num_classes, mode="standard", width_mult=1.0):
     model = MODELS[name].build(**args)
     model.name = name
     model.args = args
-    return model
+    return model.to(memory_format=torch.channels_last_3d)
 
 
 def fold_batch_norm(model):
@@ -242,9 +239,7 @@ def fold_batch_norm(model):
     for block in model.modules():
         if not isinstance(block, nn.Sequential):
             continue
-        for i in range(len(block) - 1):
-            conv = block[i]
-            norm = block[i + 1]
+        for i, (conv, norm) in enumerate(pairwise(block)):
             if isinstance(conv, nn.Conv3d) and isinstance(norm, nn.BatchNorm3d):
                 block[i] = fuse_conv_bn_eval(conv, norm)
                 block[i + 1] = nn.Identity()
@@ -252,17 +247,12 @@ def fold_batch_norm(model):
 
 
 def pick_device(name):
-    """The torch.device called `name`; "auto" for CUDA, else Apple's mps, else the CPU.
+    """The torch.device called `name`; "auto" for the GPU (CUDA, Apple's mps), else the CPU.
 
     Raises ValueError if it can't be used.
     """
     if name == "auto":
-        if torch.cuda.is_available():
-            name = "cuda"
-        elif torch.backends.mps.is_available():
-            name = "mps"
-        else:
-            name = "cpu"
+        name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -278,7 +268,7 @@ def weights_file(name):
     pretrained = MODELS[name].pretrained
     if pretrained is None:
         return None
-    return Path(torch.hub.get_dir()) / "checkpoints" / Path(pretrained.url).name
+    return Path(torch.hub.get_dir(), "checkpoints", Path(pretrained.url).name)
 
 
 def read_state(source, pretrained=None):
@@ -290,9 +280,8 @@ def read_state(source, pretrained=None):
         if source == "kinetics":
             # seconds; torch.hub sets none and would wait on a dead network for minutes
             socket.setdefaulttimeout(30)
-            return pretrained.get_state_dict(progress=True, check_hash=True, weights_only=True)
-        state = torch.load(source, map_location="cpu", weights_only=True)
-        return dict(state.items())
+            return pretrained.get_state_dict(check_hash=True, weights_only=True)
+        return dict(torch.load(source, map_location="cpu", weights_only=True))
     except OSError:
         raise
     except Exception as error:  # torch.load raises many types on a file that is not its own
@@ -318,10 +307,11 @@ def load_weights(model, weights):
         raise ValueError(f"there are no Kinetics weights for {model.name}: use --weights none")
     state = read_state(weights, pretrained)
     try:
-        stages = {}
-        for key, value in state.get("model", state).items():
-            if not key.startswith(("fc.", "classifier.")):
-                stages[key.removeprefix("features.")] = value
+        state = state.get("model", state)
+        heads = ("fc.", "classifier.")
+        stages = {
+            k.removeprefix("features."): v for k, v in state.items() if not k.startswith(heads)
+        }
         model.features.load_state_dict(stages)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(
@@ -384,17 +374,14 @@ def load_checkpoint(path):
     """
     try:
         checkpoint = read_state(path)
-    except OSError as error:
-        raise OSError(f"the checkpoint {path} can't be read: {error.strerror}") from error
-    if checkpoint.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} is not a checkpoint of this version of Trainer.py: train again to make one"
-        )
-    try:
+        if checkpoint.get("format") != FORMAT:
+            raise ValueError("it is of another version, or not of Trainer.py: train again")
         model = build_model(checkpoint["model_name"], **checkpoint["model_args"])
         model.load_state_dict(checkpoint["model"])
         model.mean = tuple(checkpoint["mean"])
         model.std = tuple(checkpoint["std"])
+    except OSError as error:
+        raise OSError(f"the checkpoint {path} can't be read: {error.strerror}") from error
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} is not a checkpoint of Trainer.py: {reason}") from error
@@ -421,42 +408,38 @@ class FastConv3d(nn.Conv3d):
         """Kernel 3x3x3, one zero around the clip, no dilation."""
         return (
             self.kernel_size == (3, 3, 3)
-            and self.padding == (1, 1, 1)
+            and self.padding == self.dilation == (1, 1, 1)
             and self.padding_mode == "zeros"
-            and self.dilation == (1, 1, 1)
         )
 
     @property
     def is_depthwise(self):
-        """One padded 3x3x3 filter per channel, no bias, every frame or every second one."""
+        """One padded 3x3x3 filter per channel, no bias, at every frame or every second one."""
         return (
             self.is_padded_3x3x3
             and self.groups == self.in_channels == self.out_channels
             and self.bias is None
-            and self.stride[0] in (1, 2)
+            and self.stride[0] <= 2
         )
 
     @property
     def is_pointwise(self):
-        """A matrix for the channels of each pixel."""
+        """One matrix for the channels of each pixel."""
         return (
-            self.kernel_size == (1, 1, 1)
+            self.kernel_size == self.stride == (1, 1, 1)
             and self.padding == (0, 0, 0)
-            and self.stride == (1, 1, 1)
             and self.groups == 1
         )
 
     @property
     def is_stem(self):
-        """A padded 3x3x3 filter over all channels that keeps the number of frames."""
+        """Padded 3x3x3 filters over all channels, at every frame."""
         return self.is_padded_3x3x3 and self.groups == 1 and self.stride[0] == 1
 
     def forward(self, x):
-        if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        if x.device.type != "cpu" or x.ndim != 5:
             return super().forward(x)
-        if torch.compiler.is_compiling() or x.dtype != self.weight.dtype:
-            return super().forward(x)
-        if x.ndim != 5 or len(x) == 0:
+        if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
             return super().forward(x)
         is_one_clip = len(x) == 1
         if self.is_depthwise and torch.is_grad_enabled():
@@ -468,21 +451,17 @@ class FastConv3d(nn.Conv3d):
         return super().forward(x)
 
     def as_matrix_product(self, x):
-        matrix = self.weight[:, :, 0, 0, 0]
-        out = F.linear(x.permute(0, 2, 3, 4, 1), matrix, self.bias)
+        out = F.linear(x.permute(0, 2, 3, 4, 1), self.weight[:, :, 0, 0, 0], self.bias)
         return out.permute(0, 4, 1, 2, 3)
 
-    def as_conv2d(self, x):
-        frames = x[0].transpose(0, 1)
-        n_frames = len(frames)
-        padded = F.pad(frames, (0, 0, 0, 0, 0, 0, 1, 1))
-        neighbours = [padded[tap : tap + n_frames] for tap in range(3)]
-        stacks = torch.cat(neighbours, dim=1)  # (T, 3 C, H, W)
-        stacks = stacks.contiguous(memory_format=torch.channels_last)
+    def as_conv2d(self, clip):
+        padded = F.pad(clip[0], (0, 0, 0, 0, 1, 1))
+        stacks = padded.unfold(1, 3, 1).permute(1, 2, 3, 4, 0)  # (T, H, W, 3, C)
+        stacks = stacks.flatten(3).permute(0, 3, 1, 2)
         weight = self.weight.transpose(1, 2).flatten(1, 2)
         out = F.conv2d(stacks, weight, self.bias, self.stride[1:], padding=1)
         # not out[None]: its stride misleads the batch norm's backward
-        return out.unflatten(0, (1, n_frames)).transpose(1, 2)
+        return out.unflatten(0, (1, -1)).transpose(1, 2)
 
 
 class DepthwiseConv3d(torch.autograd.Function):
@@ -504,68 +483,40 @@ class DepthwiseConv3d(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        need_x, need_weight, _ = ctx.needs_input_grad
+        step, *stride = ctx.stride
+        wanted = list(ctx.needs_input_grad)  # for x, for weight, False
         grad = grad.contiguous(memory_format=torch.channels_last_3d)
-        grad_x = None
-        grad_weight = None
-        if need_weight:
-            grad_weight = torch.zeros_like(weight)
-        if need_x and ctx.stride == (1, 1, 1):
+        grad_weight = torch.zeros_like(weight)
+        if wanted[0] and ctx.stride == (1, 1, 1):
+            wanted[0] = False
             grad_x = torch.conv3d(grad, weight.flip(2, 3, 4), None, 1, 1, 1, len(weight))
-            need_x = False
-        if need_x:
-            grad_x = torch.empty_like(x, memory_format=torch.channels_last_3d)
-        if need_x or need_weight:
-            sum_over_taps(x, grad, weight, ctx.stride, grad_x if need_x else None, grad_weight)
+        else:
+            grad_x = torch.zeros_like(x)
+        # stride, padding, dilation, transposed, output padding, groups
+        settings = stride, [1, 1], [1, 1], False, [0, 0], len(weight)
+        # The frames of one clip are a view. Small maps are copied together: many calls would cost
+        # more than the copy.
+        n = 1 if x[0].numel() > 500_000 else len(x)
+        for i in range(0, len(x), n):
+            # tap, the first frame of the input that it meets, and that of the output
+            for tap, first, reached in ((1, 0, 0), (2, 1, 0), (0, step - 1, 1)):
+                inputs = x[i : i + n, :, first::step]
+                outputs = grad[i : i + n, :, reached:]
+                t = min(inputs.shape[2], outputs.shape[2])
+                frames_grad, tap_grad, _ = torch.ops.aten.convolution_backward(
+                    stack_frames(outputs[:, :, :t]),
+                    stack_frames(inputs[:, :, :t]),
+                    weight[:, :, tap],
+                    None,
+                    *settings,
+                    wanted,
+                )
+                if tap_grad is not None:
+                    grad_weight[:, :, tap] += tap_grad
+                if frames_grad is not None:
+                    place = grad_x[i : i + n, :, first::step][:, :, :t]
+                    place += frames_grad.unflatten(0, (len(inputs), t)).transpose(1, 2)
         return grad_x, grad_weight, None
-
-
-def sum_over_taps(x, grad, weight, stride, grad_x, grad_weight):
-    """Fill the gradients of a depthwise convolution in place; None for one that is not wanted.
-
-    x, grad_x: (B, C, T, H, W); grad, of the output: (B, C, T', H', W'); weight: (C, 1, 3, 3, 3).
-    """
-    wanted = [grad_x is not None, grad_weight is not None, False]
-    # The frames of one clip are a view. Small maps are copied together: many calls would cost more
-    # than the copy.
-    n = 1 if x[0].numel() > 500_000 else len(x)
-    for i in range(0, len(x), n):
-        clips = slice(i, i + n)
-        for tap, met, reached in meetings(x.shape[2], grad.shape[2], stride[0]):
-            place_grad, tap_grad, _ = torch.ops.aten.convolution_backward(
-                stack_frames(grad[clips, :, reached]),
-                stack_frames(x[clips, :, met]),
-                weight[:, :, tap],
-                None,  # sizes of the bias
-                stride[1:],
-                [1, 1],  # padding
-                [1, 1],  # dilation
-                False,  # transposed
-                [0, 0],  # output padding
-                len(weight),  # groups
-                wanted,
-            )
-            if grad_weight is not None:
-                grad_weight[:, :, tap] += tap_grad
-            if grad_x is not None:
-                place = grad_x[clips, :, met].transpose(1, 2)
-                place_grad = place_grad.unflatten(0, (len(place), -1))
-                # Tap 1 comes first and reaches every frame; with stride 2 only the even ones, and
-                # tap 2 is the first at the odd ones.
-                if tap == 1 or (tap == 2 and stride[0] == 2):
-                    place.copy_(place_grad)
-                else:
-                    place.add_(place_grad)
-
-
-def meetings(n_inputs, n_outputs, stride):
-    """For each tap of a kernel of 3 the slices of inputs and outputs that meet through it."""
-    for tap in (1, 2, 0):
-        first = 1 if tap == 0 else 0
-        last = min(n_outputs, (n_inputs - tap) // stride + 1)
-        if first < last:
-            inputs = slice(first * stride + tap - 1, (last - 1) * stride + tap, stride)
-            yield tap, inputs, slice(first, last)
 
 
 def stack_frames(clips):
