@@ -1,16 +1,16 @@
-"""Videos to batches: file -> frames -> geometry -> augmentation -> cache -> samples -> batches; then the folders.
+"""Videos to batches: file -> frames -> geometry -> augmentation -> cache -> samples -> batches.
 
-    data = ExerciseVideoDataModule("my_videos", ClipFormat((300, 400), 16, 8.0))  # my_videos/<class>/*.mp4
-    data.setup()
-    for batch in data.train_dataloader():  # a Batch: clips, labels, videos, centred
-        logits = model(model.prepare(batch.clips))
+    data = ExerciseVideoDataModule("my_videos", ClipFormat((300, 400), 16, 8.0))
+    data.setup()  # my_videos/<class>/*.mp4
+    for clips, labels, videos, centred in data.train_dataloader():
+        logits = model(model.prepare(clips))
 
-Clips stay uint8, RGB, (T, C, H, W), until they are on the device that trains: a quarter of the bytes in every copy,
-and converting to float first made the augmentation 3.5 times slower. Sizes are (W, H) in pixels, as in 300x400;
-sides and shapes of frames are (h, w), as in every array.
+Clips stay uint8, RGB, (T, C, H, W), until they are on the device that trains: a quarter of the
+bytes in every copy, and converting to float first made the augmentation 3.5 times slower. Sizes
+are (W, H) in pixels, as in 300x400; shapes and sides of frames are (h, w), as in every array.
 
-To add a layout of folders: one function that returns `Video`s, and a line in `find_videos`. To add an augmentation:
-`TrainTransform`. The demo data set, which no other part needs, is drawn at the end.
+A new layout of folders is one function that returns `Video`s and a line in `find_videos`; a new
+augmentation goes into `TrainTransform`. The demo data set, which nothing else needs, comes last.
 """
 
 import argparse
@@ -43,13 +43,11 @@ cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 cv2.setNumThreads(0)  # in workers too, which import or inherit this; torch gives each of them one
 
 CONTAINERS = set(".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .wmv .flv .3gp .ts .gif".split())
-TOLERANCE = (
-    0.001  # seconds: a frame that starts this much before a time still counts as starting then
-)
-GREY = (124, 116, 104)  # RGB: ImageNet's mean, which is about 0 for the network
+TOLERANCE = 0.001  # seconds: a frame that starts this much before a time counts as starting then
+GREY = (124, 116, 104)  # ImageNet's mean in RGB, which is about 0 to the network
 
 
-# ------------------------------------------------------------------- shared by Trainer and HeatMap
+# ------------------------------------------------------------------ shared by Trainer and HeatMap
 
 
 class UserError(Exception):
@@ -77,9 +75,9 @@ def between(low, high=math.inf, kind=int):
 
     def number(text):
         value = kind(text)
-        if not (math.isfinite(value) and low <= value <= high):
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return value
+        if math.isfinite(value) and low <= value <= high:
+            return value
+        raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
 
     number.__name__ = kind.__name__  # argparse names it in the message for text that is no number
     return number
@@ -93,16 +91,15 @@ def replacing(path):
     a full disk into one) become a UserError, also those from within the block.
     """
     path = Path(path)
-    part = path.with_name(f"{path.stem}.part{path.suffix}")  # the suffix may choose the format
+    part = path.with_suffix(f".part{path.suffix}")  # the suffix may choose the format
     try:
         yield part
         with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
+            os.fsync(file)
+        part.replace(path)
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        sentence = f"{path} can't be saved ({reason}): what was saved before stays"
-        raise UserError(sentence) from error
+        raise UserError(f"{path} can't be saved ({reason}): what was saved before stays") from error
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
@@ -144,27 +141,24 @@ def run_script(main, name, stopped):
         sys.exit(130)
 
 
-# ----------------------------------------------------------------------------------- file to frames
+# --------------------------------------------------------------------------------- file to frames
 
+# what every clip is: size (W, H) in pixels, length in frames, fps of its time grid
 ClipFormat = namedtuple("ClipFormat", "size length fps")
-ClipFormat.__doc__ = (
-    """What every clip is: size (W, H) in pixels, length in frames, fps of its time grid."""
-)
 
 
 class VideoReader:
     """Frames of a file one after the other; `time` is that of the grabbed one in seconds.
 
     Nothing in the header is believed: frame counts, rates and sizes there are wrong in many real
-    files. UserError names the file.
+    files. `shape` is the (h, w) that all frames must have: set by who knows it, or by the first
+    one. UserError names the file.
     """
 
     def __init__(self, path, threads=1):
         self.path = Path(path)
         self.threads = threads
-        self.shape = (
-            None  # (h, w) of the first frame, or set by who knows it: all others must agree
-        )
+        self.shape = None
         if not self.path.is_file():
             raise UserError(f"{path} does not exist or is not a file")
         self.open()
@@ -173,15 +167,15 @@ class VideoReader:
         options = [cv2.CAP_PROP_N_THREADS, self.threads]
         self.cap = cv2.VideoCapture(str(self.path), cv2.CAP_FFMPEG, options)
         if not self.cap.isOpened():
-            sentence = "can't be opened as a video (empty, damaged, or not a video)"
-            raise UserError(f"{self.path} {sentence}")
+            raise UserError(
+                f"{self.path} can't be opened as a video (empty, damaged, or not a video)"
+            )
         fps = self.cap.get(cv2.CAP_PROP_FPS)
-        # a hint: for writing, and for frames that carry no time
-        self.fps = fps if 1 <= fps <= 240 else 30.0
+        self.fps = fps if 1 <= fps <= 240 else 30.0  # a hint: for frames without a time
         self.time = -1 / self.fps
 
     def grab(self):
-        """Step to the next frame without converting it; False at the end of what can be decoded."""
+        """Step to the next frame without converting it; False at the end of what decodes."""
         if not self.cap.grab():
             return False
         time = self.cap.get(cv2.CAP_PROP_POS_MSEC) / 1000
@@ -197,13 +191,14 @@ class VideoReader:
         ok, frame = self.cap.retrieve()
         if not ok:
             raise UserError(f"{self.path} can't be decoded at {self.time:.2f} s")
-        self.shape = self.shape or frame.shape[:2]
-        if frame.shape[:2] != self.shape:  # OpenCV's writer would drop it without a word
+        shape = frame.shape[:2]
+        self.shape = self.shape or shape
+        if shape != self.shape:  # OpenCV's writer would drop it without a word
             raise UserError(f"{self.path} has another frame size at {self.time:.2f} s than before")
         return frame
 
     def jump_before(self, time):
-        """Continue from a frame before `time`, known by that frame's own time, or from the start."""
+        """Go on from a frame before `time`, known by that frame's own time, or from the start."""
         for back in (0.2, 1, 4, 16):
             self.time = None  # whatever the next frame says
             if time > back and self.cap.set(cv2.CAP_PROP_POS_MSEC, 1000 * (time - back)):
@@ -212,28 +207,24 @@ class VideoReader:
         self.open()
 
 
+# seconds until the last frame that decodes, sides in pixels; times of all frames if asked for
 Probe = namedtuple("Probe", "seconds height width times")
 
 
 def probe(path, all_times=False):
-    """The Probe of a file: seconds until the last frame that decodes, height and width.
-
-    `times` are those of all frames in seconds, if asked for, else none. UserError if no frame
-    decodes.
-    """
+    """The Probe of a file. UserError if no frame decodes."""
     video = VideoReader(path)
     if not video.grab():
         raise UserError(f"{path} holds no frame that can be decoded")
     height, width = video.frame().shape[:2]
     times = [video.time]
     promised = video.cap.get(cv2.CAP_PROP_FRAME_COUNT) / video.fps
-    # go on near the end that the header promises; where that fails all is read
-    if promised > 20 and not all_times:
+    if promised > 20 and not all_times:  # near the promised end; where that fails all is read
         video.jump_before(promised - 1)
     while video.grab():
         times.append(video.time)
-    listed = np.round(times, 6).tolist() if all_times else []
-    return Probe(max(video.time, 0.0), height, width, listed)
+    times = np.round(times, 6).tolist() if all_times else []
+    return Probe(max(video.time, 0.0), height, width, times)
 
 
 def frames_at(video, times):
@@ -256,9 +247,9 @@ def frames_at(video, times):
 
 
 def read_frames(path, times, geometry=None):
-    """The frame of each of `times` (ascending, seconds) -> uint8 (T, C, H, W), RGB.
+    """The frame of each of `times` (ascending, seconds) -> uint8 (T, C, h, w), RGB.
 
-    Whole frames, or of a file with that `geometry` its central `crop`. Channels are innermost in
+    Whole frames, or the central `crop` of the geometry of the file. Channels are innermost in
     memory, on which v2.Resize is fastest. UserError if the file ends over 0.5 s before the last
     time, or has another frame size.
     """
@@ -269,16 +260,19 @@ def read_frames(path, times, geometry=None):
         video.jump_before(times[0])
     frames = []
     for frame in frames_at(video, times):
-        rows, columns = geometry.crop if geometry else video.shape
-        y = (video.shape[0] - rows) // 2
-        x = (video.shape[1] - columns) // 2
-        frames.append(cv2.cvtColor(frame[y : y + rows, x : x + columns], cv2.COLOR_BGR2RGB))
-    missing = times[len(frames) :]
-    late = [time for time in missing if not frames or time > video.time + 0.5]
-    if late:
-        end = f"{path} ends at {max(video.time, 0):.2f} s"
-        raise UserError(f"{end}, before {late[0]:.2f} s: it changed or is damaged")
-    frames += frames[-1:] * len(missing)
+        if geometry:
+            rows, columns = geometry.crop
+            y = (len(frame) - rows) // 2
+            x = (frame.shape[1] - columns) // 2
+            frame = frame[y : y + rows, x : x + columns]
+        frames.append(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
+    for time in times[len(frames) :]:
+        if not frames or time > video.time + 0.5:
+            end = max(video.time, 0)
+            raise UserError(
+                f"{path} ends at {end:.2f} s, before {time:.2f} s: it changed or is damaged"
+            )
+        frames.append(frames[-1])
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
 
 
@@ -296,37 +290,34 @@ def quiet():
 
 
 def write_video(path, frames, fps, fourcc="mp4v"):
-    """Write frames, an iterable of uint8 (H, W, 3) in BGR, as they come; the suffix is the container.
+    """Write an iterable of frames, uint8 (H, W, 3) in BGR; the suffix chooses the container.
 
-    Odd sides lose their last line, for the codecs take even ones only. UserError if the file can't
-    be opened.
+    Odd sides lose a line, for the codecs take even ones only. UserError if it can't be opened.
     """
-    writer = None
+    writer = cv2.VideoWriter()
     for frame in frames:
         height, width = frame.shape[:2]
-        frame = frame[: height // 2 * 2, : width // 2 * 2]
-        if writer is None:
-            size = frame.shape[1::-1]
-            # not for every file: the process has one stderr, and the demo is written by threads
-            with quiet() if Path(path).suffix == ".webm" else nullcontext():
-                writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*fourcc), fps, size)
-            if not writer.isOpened():
-                sentence = "can't be written as video: check that the folder exists"
-                raise UserError(f"{path} {sentence} and may be written to")
-        writer.write(frame)
-    if writer is not None:
-        writer.release()
+        size = (width // 2 * 2, height // 2 * 2)
+        if not writer.isOpened():
+            # not always: the process has one stderr, and the demo is written by threads
+            with quiet() if fourcc == "VP80" else nullcontext():
+                writer.open(str(path), cv2.VideoWriter_fourcc(*fourcc), fps, size)
+        if not writer.isOpened():
+            raise UserError(
+                f"{path} can't be written as video: check that the folder exists and may be "
+                "written to"
+            )
+        writer.write(frame[: size[1], : size[0]])
+    writer.release()
 
 
-# ----------------------------------------------------------------------------------------- geometry
+# --------------------------------------------------------------------------------------- geometry
 
+# How frames of one size become clips; all sides are (h, w) in pixels. source: of the file. cover:
+# the smallest frame of the same aspect that covers a clip. kept: the middle of that which is kept.
+# crop: the middle of the source that `kept` comes from; the rest needs no work. scaled: what `crop`
+# is resized to before it is cut to `kept`.
 Geometry = namedtuple("Geometry", "source cover crop scaled kept")
-Geometry.__doc__ = """How frames of one size become clips; all sides are (h, w) in pixels.
-
-source: of the file. cover: the smallest frame of the same aspect that covers a clip. kept: the
-middle of that which is kept. crop: the middle of the source that `kept` comes from, the rest needs
-no work. scaled: what `crop` is resized to before it is cut to `kept`.
-"""
 
 
 def middle(height, width, size, margin=1.25):
@@ -335,7 +326,7 @@ def middle(height, width, size, margin=1.25):
     At most `margin` times the clip is kept: random crops stay near the middle, where people stand.
     """
     W, H = size
-    # the short side first, and the long one rounded down to the same aspect
+    # the short side first; the long one is rounded down to the same aspect
     if width > height:
         h = max(H, math.ceil(W * height / width))
         w = h * width // height
@@ -346,66 +337,63 @@ def middle(height, width, size, margin=1.25):
     def side(source, cover, target):
         kept = min(cover, int(target * margin))
         cut = source - math.ceil(kept * source / cover)
-        crop = source - cut // 2 * 2  # the same on both sides
-        scaled = max(kept, round(crop * cover / source))
-        return crop, scaled, kept
+        crop = source - cut // 2 * 2  # as much at either end
+        return crop, max(kept, round(crop * cover / source)), kept
 
-    rows = side(height, h, H)
-    columns = side(width, w, W)
-    return Geometry((height, width), (h, w), *zip(rows, columns, strict=True))
+    sides = zip(side(height, h, H), side(width, w, W), strict=True)
+    return Geometry((height, width), (h, w), *sides)
 
 
 def resize(frames, geometry):
     """uint8 (T, C, *source), or their central (T, C, *crop) -> (T, C, *kept)."""
-    frames = v2.functional.center_crop(frames, list(geometry.crop))
-    frames = v2.functional.resize(frames, list(geometry.scaled), antialias=True)
-    return v2.functional.center_crop(frames, list(geometry.kept))
+    frames = v2.functional.center_crop(frames, geometry.crop)
+    frames = v2.functional.resize(frames, geometry.scaled, antialias=True)
+    return v2.functional.center_crop(frames, geometry.kept)
 
 
-# ------------------------------------------------------------------------------------- augmentation
+# ----------------------------------------------------------------------------------- augmentation
 
 
 class TrainTransform:
-    """Random zoom and shift, mirror, tilt: one draw for all frames. uint8 (T, C, h, w) -> (T, C, H, W).
+    """Random zoom and shift, mirror, tilt: one draw for all frames of a clip.
 
-    Draws and means what v2.RandomResizedCrop, v2.RandomHorizontalFlip and v2.RandomRotation do one
-    after the other, but in one pass over the pixels: the three are one affine map, whose
-    coordinates all frames share.
+    uint8 (T, C, h, w) -> (T, C, H, W). Draws and means what v2.RandomResizedCrop,
+    v2.RandomHorizontalFlip and v2.RandomRotation do one after the other, but in one pass over the
+    pixels: the three are one affine map, whose coordinates all frames share.
     """
 
     def __init__(self, size):
         W, H = size
         self.size = size
         self.rotation = v2.RandomRotation(10)
-        rows, columns = np.indices((H, W), np.float32)
-        self.places = np.stack([columns - (W - 1) / 2, rows - (H - 1) / 2], -1)  # from the middle
+        y, x = np.indices((H, W), np.float32)
+        self.places = np.stack([x - (W - 1) / 2, y - (H - 1) / 2], -1)  # from the middle
 
     def __call__(self, frames):
         W, H = self.size
-        # 60 to 100 % of the largest box of the clip's shape, its aspect within 10 %, so that people
-        # are not squeezed
-        whole = W * H / (frames.shape[-2] * frames.shape[-1])
-        aspect = (0.9 * W / H, 1.1 * W / H)
-        crop = v2.RandomResizedCrop((H, W), scale=(0.6 * whole, whole), ratio=aspect)
-        top, left, h, w = crop.make_params([frames]).values()
+        # 60 to 100 % of the largest box of the clip's shape, its aspect within 10 %, so that
+        # people are not squeezed
+        whole = W * H / math.prod(frames.shape[-2:])
+        aspects = (0.9 * W / H, 1.1 * W / H)
+        crop = v2.RandomResizedCrop((H, W), scale=(0.6 * whole, whole), ratio=aspects)
+        boxes = v2.functional.crop(frames, **crop.make_params([frames]))
+        h, w = boxes.shape[-2:]
         mirror = -1 if torch.rand(1) < 0.5 else 1
         angle = self.rotation.make_params([frames])["angle"]
 
         # where in the box each pixel of the clip comes from: turned back, then shrunk to the box
-        turn = cv2.getRotationMatrix2D((0, 0), -angle, 1)[:, :2]
-        back = np.diag([mirror * w / W, h / H]) @ turn
-        affine = np.column_stack([back, [(w - 1) / 2, (h - 1) / 2]])
+        affine = cv2.getRotationMatrix2D((0, 0), -angle, 1)
+        affine *= [[mirror * w / W], [h / H]]
+        affine[:, 2] = (w - 1) / 2, (h - 1) / 2
         maps = cv2.convertMaps(cv2.transform(self.places, affine), None, cv2.CV_16SC2)
 
-        # the same map for every frame
-        boxes = frames.permute(0, 2, 3, 1)[:, top : top + h, left : left + w].numpy()
         clip = np.empty((len(frames), H, W, 3), np.uint8)
-        for box, out in zip(boxes, clip, strict=True):
+        for box, out in zip(boxes.permute(0, 2, 3, 1).numpy(), clip, strict=True):
             cv2.remap(box, *maps, cv2.INTER_LINEAR, out, cv2.BORDER_CONSTANT, GREY)
         return torch.from_numpy(clip).permute(0, 3, 1, 2)
 
 
-# -------------------------------------------------------------------------------------------- cache
+# ------------------------------------------------------------------------------------------ cache
 
 
 def shared_bytes(count):
@@ -427,39 +415,40 @@ def shared_bytes(count):
 class FrameCache:
     """Decoded and resized frames in RAM, before any augmentation, for all workers together.
 
-    segments: those that `wanted` names. wanted: {path: (numbers on its time grid, sides (h, w))}.
-    Files are taken in this order as long as they fit into `budget` bytes; `nbytes` is what they
-    may take.
+    wanted: {path: (numbers on its time grid, sides (h, w))}. Files are taken in this order as long
+    as they fit into `budget` bytes; `nbytes` is what they may take.
     """
 
     def __init__(self, wanted, budget):
-        self.places = {}  # {path: {number on its grid: (place among all frames, first byte)}}
+        self.places = {}  # {path: {number: (place among all frames, first byte)}}
         self.nbytes = 0
         count = 0
-        for path, (numbers, (h, w)) in wanted.items():
-            if self.nbytes + len(numbers) * 3 * h * w > budget:
+        for path, (numbers, sides) in wanted.items():
+            frame_bytes = 3 * math.prod(sides)
+            if self.nbytes + len(numbers) * frame_bytes > budget:
                 break
-            self.places[path] = {}
+            places = self.places[path] = {}
             for number in sorted(numbers):
-                self.places[path][number] = (count, self.nbytes)
+                places[number] = (count, self.nbytes)
                 count += 1
-                self.nbytes += 3 * h * w
+                self.nbytes += frame_bytes
         self.frames = shared_bytes(self.nbytes)
         self.filled = shared_bytes(count)  # 1 where a frame is there
 
     def view(self, segment, numbers):
-        """(which are there (T,), frames (T, C, h, w)): both are views of the shared memory."""
-        place, byte = self.places[segment.path][numbers[0]]  # neighbours stay neighbours
+        """(which are there (T,), frames (T, C, h, w)) of neighbours: views of the memory."""
+        place, byte = self.places[segment.path][numbers[0]]
         shape = (len(numbers), *segment.geometry.kept, 3)
         frames = self.frames[byte : byte + math.prod(shape)].view(shape)
         return self.filled[place : place + len(numbers)], frames.permute(0, 3, 1, 2)
 
     def get(self, segment, numbers):
-        """uint8 (T, C, h, w) of neighbouring frames, or None where one is missing."""
-        if segment.path not in self.places:
-            return None
-        filled, frames = self.view(segment, numbers)
-        return frames if filled.all() else None
+        """uint8 (T, C, h, w) at neighbouring numbers of the grid, or None where one is missing."""
+        if segment.path in self.places:
+            filled, frames = self.view(segment, numbers)
+            if filled.all():
+                return frames
+        return None
 
     def put(self, segment, numbers, frames):
         """Keep frames, if their file is one of those that fit."""
@@ -469,25 +458,20 @@ class FrameCache:
             filled.fill_(1)  # last, for another worker may look
 
 
-# ------------------------------------------------------------------------------------------ samples
+# ---------------------------------------------------------------------------------------- samples
 
-Segment = namedtuple("Segment", "path label start end geometry")
-Segment.__doc__ = (
-    """A stretch of a video: number of its class, start and end in seconds, Geometry."""
-)
-
+# A stretch of a video: number of its class, start and end in seconds, its Geometry, and which of
+# PARTS it belongs to
+Segment = namedtuple("Segment", "path label start end geometry part", defaults=[None])
+# A clip of a data set: number of its segment; its first frame, counted on the time grid from the
+# segment's start, or None for a random one; whether it is the clip in the segment's middle
 Item = namedtuple("Item", "segment start centred")
-Item.__doc__ = """A clip of a data set: number of its segment; first frame from the segment's start
-on the time grid, or None for a random one; whether it is the clip in the segment's middle."""
-
+# uint8 (T, C, H, W), number of the class, number of the segment, whether it is the middle
 Sample = namedtuple("Sample", "clip label video centred")
-Sample.__doc__ = (
-    """A clip uint8 (T, C, H, W), number of its class, of its segment, and Item.centred."""
-)
 
 
 def spread(room, count):
-    """At most `count` starts from 0 to `room`, evenly apart, one of them in the middle: room // 2."""
+    """At most `count` starts from 0 to `room`, evenly apart, one in the middle: room // 2."""
     starts = [round(room * k / max(1, count - 1)) for k in range(count)]
     nearest = min(range(count), key=lambda k: abs(starts[k] - room // 2))
     starts[nearest] = room // 2
@@ -495,43 +479,43 @@ def spread(room, count):
 
 
 class ExerciseVideoDataset(Dataset):
-    """Samples of segments. One is asked for by its number i in `items`, or by (i, seed): then start
-    and augmentation come from that seed alone.
+    """Samples of segments, in the `clip` format; one is asked for by its number i in `items`, or by
+    (i, seed): then start and augmentation come from that seed alone.
 
     Training: an item per segment, with random start and augmentation. Validation: up to
     `clips_per_video` items per segment, from its start to its end, cropped at the centre. A segment
-    shorter than a clip is looped: holding its last frame would turn a squat into a held squat.
-    clip: a ClipFormat. With `debug_dir` the first 10 samples are written there.
+    shorter than a clip is looped: holding its last frame would turn a squat into a held squat. With
+    `debug_dir` the first 10 samples are written there.
     """
 
     def __init__(self, segments, clip, training=False, clips_per_video=1, debug_dir=None):
-        W, H = clip.size
         self.segments = segments
         self.clip = clip
         self.debug_dir = debug_dir
         self.saved = 0
         self.cache = FrameCache({}, 0)
-        self.transform = TrainTransform(clip.size) if training else v2.CenterCrop((H, W))
+        self.transform = TrainTransform(clip.size) if training else v2.CenterCrop(clip.size[::-1])
         self.items = []
         for number, segment in enumerate(segments):
-            room = max(0, len(self.file_grid(segment)) - clip.length)
+            room = max(0, len(self.grid(segment)) - clip.length)
             starts = [None] if training else spread(room, clips_per_video)
             self.items += [Item(number, start, start == room // 2) for start in starts]
 
     def __len__(self):
         return len(self.items)
 
-    def file_grid(self, segment):
+    def grid(self, segment):
         """Numbers of a segment's frames on the time grid of its file, at least one."""
         first = round(segment.start * self.clip.fps)
-        return range(first, first + int((segment.end - segment.start) * self.clip.fps + 1e-6) + 1)
+        count = int((segment.end - segment.start) * self.clip.fps + 1e-6) + 1
+        return range(first, first + count)
 
     def keep_in_memory(self, budget):
-        """Keep frames in a FrameCache of at most `budget` bytes; how many bytes it may take."""
+        """Keep frames in a cache of at most `budget` bytes; returns how many it may take."""
         wanted = {}
         for item in self.items:
             segment = self.segments[item.segment]
-            grid = self.file_grid(segment)
+            grid = self.grid(segment)
             if item.start is not None:
                 grid = grid[item.start : item.start + self.clip.length]
             numbers, _ = wanted.setdefault(segment.path, (set(), segment.geometry.kept))
@@ -555,11 +539,10 @@ class ExerciseVideoDataset(Dataset):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 return self[i]
-        item = self.items[i]
-        segment = self.segments[item.segment]
-        grid = self.file_grid(segment)
+        number, start, centred = self.items[i]
+        segment = self.segments[number]
+        grid = self.grid(segment)
         length = self.clip.length
-        start = item.start
         if start is None:
             start = int(torch.randint(max(0, len(grid) - length) + 1, ()))
         frames = self.read(segment, grid[start : start + length])
@@ -568,35 +551,35 @@ class ExerciseVideoDataset(Dataset):
         clip = self.transform(frames)
         if self.debug_dir and self.saved < 10:
             self._save_debug_sample(segment, frames, clip)
-        return Sample(clip, segment.label, item.segment, item.centred)
+        return Sample(clip, segment.label, number, centred)
 
     def _save_debug_sample(self, segment, frames, clip):
-        """Both videos, and a contact sheet of every second frame: above as read, below as trained on."""
+        """Both videos, and a sheet of every second frame: above as read, below as trained on."""
         self.debug_dir.mkdir(exist_ok=True)
-        name = f"{segment.path.parent.name}_{segment.path.stem}_{segment.start:g}s"
-        stem = self.debug_dir / f"{self.saved:02d}_{name}_class{segment.label}"
+        path = segment.path
+        name = f"{path.parent.name}_{path.stem}_{segment.start:g}s_class{segment.label}"
+        stem = f"{self.debug_dir}/{self.saved:02d}_{name}"
+        self.saved += 1
         self._save_debug_video(frames, f"{stem}_orig.mp4")
         self._save_debug_video(clip, f"{stem}_aug.mp4")
-        below = v2.functional.center_crop(clip, list(frames.shape[-2:]))
-        rows = [torch.cat(list(row[::2]), dim=2) for row in (frames, below)]
-        sheet = torch.cat(rows, dim=1)  # (C, 2 h, T/2 w)
-        height = sheet.shape[1] * 1600 // sheet.shape[2]
-        sheet = v2.functional.resize(sheet, [height, 1600], antialias=True)
-        write_png(f"{stem}.png", cv2.cvtColor(sheet.permute(1, 2, 0).numpy(), cv2.COLOR_RGB2BGR))
-        self.saved += 1
+        below = v2.functional.center_crop(clip, frames.shape[-2:])
+        columns = torch.cat([frames, below], dim=2)[::2]  # (T/2, C, 2 h, w)
+        sheet = columns.permute(2, 0, 3, 1).flatten(1, 2).numpy()  # (2 h, T/2 w, C)
+        height = len(sheet) * 1600 // sheet.shape[1]
+        sheet = cv2.resize(sheet, (1600, height), interpolation=cv2.INTER_AREA)
+        write_png(f"{stem}.png", cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))
 
     def _save_debug_video(self, clip, path):
         """Write a clip, uint8 (T, C, H, W) in RGB, in its true colours as mp4."""
-        images = clip.permute(0, 2, 3, 1).numpy()
-        frames = (cv2.cvtColor(image, cv2.COLOR_RGB2BGR) for image in images)
+        frames = clip.permute(0, 2, 3, 1).flip(3).numpy()
         write_video(path, frames, self.clip.fps)
 
 
-# ------------------------------------------------------------------------------------------ batches
+# ---------------------------------------------------------------------------------------- batches
 
+# clips uint8 (B, T, C, H, W), channels innermost in memory; labels int64 (B,); videos int64 (B,),
+# the numbers of their segments; centred bool (B,), whether it is the clip in the segment's middle
 Batch = namedtuple("Batch", "clips labels videos centred")
-Batch.__doc__ = """clips uint8 (B, T, C, H, W), channels innermost in memory; labels int64 (B,); videos
-int64 (B,), the numbers of their segments; centred bool (B,), whether it is the clip in the middle."""
 
 
 def share(items, k, parts):
@@ -605,65 +588,64 @@ def share(items, k, parts):
 
 
 class EpochBatches(Sampler):
-    """Batches of one process of `world`, drawn anew in each `epoch`, which whoever trains sets first.
+    """Batches of one process of `world`, drawn anew in each `epoch`; whoever trains sets that.
 
     Training (shuffle): lists of (i, seed), nearly equally long, so that no tiny batch spoils the
     batch norm; each process takes its part of every one of them. Validation: lists of every
-    world-th i.
+    world-th i. `batch_sizes`: clips of each batch of training, over all processes.
     """
 
     def __init__(self, n, batch_size, seed, shuffle, rank=0, world=1):
         self.n = n
-        self.batch_size = batch_size
         self.seed = seed
         self.shuffle = shuffle
         self.rank = rank
         self.world = world
         self.epoch = 0
+        self.own = range(rank, n, world)  # in validation
+        self.count = math.ceil(len(self.own) / max(1, batch_size // world))
+        if shuffle:
+            self.count = math.ceil(n / batch_size)
+        self.batch_sizes = [len(share(range(n), k, self.count)) for k in range(self.count)]
         smallest = min(self.batch_sizes, default=0)
         if shuffle and smallest < world:
-            sentence = f"{world} processes share batches of {smallest} clips: start fewer"
-            raise UserError(f"{sentence}, or raise --batch-size")
-
-    @property
-    def batch_sizes(self):
-        """Clips of each batch of training, over all processes."""
-        return [len(share(range(self.n), k, len(self))) for k in range(len(self))]
+            raise UserError(
+                f"{world} processes share batches of {smallest} clips: start fewer, or raise "
+                "--batch-size"
+            )
 
     def __len__(self):
-        if self.shuffle:
-            return math.ceil(self.n / self.batch_size)
-        own_clips = len(range(self.rank, self.n, self.world))
-        return math.ceil(own_clips / max(1, self.batch_size // self.world))
+        return self.count
 
     def __iter__(self):
-        items = list(range(self.rank, self.n, self.world))
-        if self.shuffle:
-            rng = random.Random(f"{self.seed} {self.epoch}")
-            order = rng.sample(range(self.n), self.n)
-            items = [(i, rng.getrandbits(63)) for i in order]
-        for k in range(len(self)):
-            batch = share(items, k, len(self))
-            yield share(batch, self.rank, self.world) if self.shuffle else batch
+        if not self.shuffle:
+            for k in range(self.count):
+                yield list(share(self.own, k, self.count))
+            return
+        rng = random.Random(f"{self.seed} {self.epoch}")
+        order = rng.sample(range(self.n), self.n)
+        items = [(i, rng.getrandbits(63)) for i in order]
+        for k in range(self.count):
+            yield share(share(items, k, self.count), self.rank, self.world)
 
 
 def collate(samples):
-    """Samples -> Batch; not by /dev/shm, which has 64 MB in many containers (16 clips of 300x400: 92)."""
-    clips, labels, videos, centred = zip(*samples, strict=True)
+    """Samples -> Batch. Not by /dev/shm: it has 64 MB in many containers, a batch may take 92."""
+    clips, *columns = zip(*samples, strict=True)
     images = [clip.permute(0, 2, 3, 1) for clip in clips]
     shape = (len(images), *images[0].shape)
     out = shared_bytes(math.prod(shape)).view(shape) if get_worker_info() else None
-    batch = torch.stack(images, out=out).permute(0, 1, 4, 2, 3)
-    return Batch(batch, torch.tensor(labels), torch.tensor(videos), torch.tensor(centred))
+    clips = torch.stack(images, out=out).permute(0, 1, 4, 2, 3)
+    return Batch(clips, *map(torch.tensor, columns))
 
 
 def start_worker(_):
-    """Ctrl-C is for the main process; its workers, ended by a signal, still remove torch's folder."""
+    """Ctrl-C is for the main process; workers, ended by a signal, still remove torch's folder."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
 
 
-# ----------------------------------------------------------------------- folders to a table of rows
+# --------------------------------------------------------------------- folders to a table of rows
 
 USAGE = """--data takes {0}/<class>/<id>.mp4 (optionally with {0}/split.csv), or \
 {0}/videos/<id>.mp4 with {0}/labels/<id>.csv (in each line a frame's number first and its label \
@@ -672,25 +654,18 @@ PARTS = ("train", "val", "test")
 NO_EXERCISE = -1
 UNLABELLED = -2
 
+# A file: which of PARTS, or None before the split; the name of its class, and None; or of a
+# recording "", and the label of each of its frames, int64 (n,)
 Video = namedtuple("Video", "path part name labels")
-Video.__doc__ = """A file: train, val, test, or None before the split; the name of its class, and None;
-or of a recording "", and int64 (n,), the label of each of its frames."""
-
-Row = namedtuple("Row", "path part name start end")
-Row.__doc__ = """A stretch of a video with one class: the name of that; start and end in seconds."""
 
 
 def read_table(path, header=None):
-    """Rows of a csv file as lists of texts; below `header`, two names, if that is given.
-
-    UserError naming the file.
-    """
+    """Rows of a csv file as lists of texts; below `header`, two names, if that is given."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = [row for row in csv.reader(file) if row]
+            rows = [[cell.strip() for cell in row] for row in csv.reader(file) if row]
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{path} can't be read as comma-separated text: {error}") from error
-    rows = [[cell.strip() for cell in row] for row in rows]
     if header is None:
         return rows
     if rows[:1] != [header] or min(map(len, rows)) < 2:
@@ -700,17 +675,19 @@ def read_table(path, header=None):
 
 
 def read_labels(path):
-    """The label of each frame of a recording, int64 (n,); UNLABELLED where its csv file names none."""
+    """Labels of a recording's frames, int64 (n,); UNLABELLED where the csv file names none."""
     try:
         pairs = [(int(row[0]), int(row[-1])) for row in read_table(path)]
         frames, values = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
     except (ValueError, OverflowError) as error:
-        sentence = "should hold a frame number first and a label last in each line"
-        raise UserError(f"{path} {sentence}: {error}") from error
+        raise UserError(
+            f"{path} should hold a frame number first and a label last in each line: {error}"
+        ) from error
     last = frames.max(initial=0)
     if frames.min(initial=0) < 0 or last > 1e8 or values.min(initial=0) < NO_EXERCISE:
-        sentence = "should hold frame numbers from 0 or 1 to 1e8, and no label below -1"
-        raise UserError(f"{path} {sentence}")
+        raise UserError(
+            f"{path} should hold frame numbers from 0 or 1 to 1e8, and no label below -1"
+        )
     labels = np.full(last + 1, UNLABELLED)
     labels[frames] = values
     return labels if 0 in frames else labels[1:]  # counted from 0, or from 1
@@ -726,8 +703,7 @@ def windows(labels, times, clip):
     frames = np.searchsorted(times, moments - TOLERANCE)  # those that `frames_at` takes
     on_grid = np.append(labels, UNLABELLED)[np.minimum(frames, len(labels))]
     found = []
-    step = max(1, clip.length // 2)
-    for first in range(0, max(1, len(on_grid) - clip.length + 1), step):
+    for first in range(0, max(1, len(on_grid) - clip.length + 1), max(1, clip.length // 2)):
         inside = on_grid[first : first + clip.length]
         label = inside[len(inside) // 2]
         if label != UNLABELLED and (inside == label).mean() >= 0.6:
@@ -737,7 +713,6 @@ def windows(labels, times, clip):
 
 
 def video_files(root, pattern):
-    """Sorted videos of a folder that match; the names of files do not tell their class."""
     files = sorted(root.glob(pattern))
     return [path for path in files if path.suffix.lower() in CONTAINERS and path.is_file()]
 
@@ -745,14 +720,6 @@ def video_files(root, pattern):
 def class_folders(root, part=None):
     """The layout root/<class>/<id>.mp4; hidden folders are passed over."""
     return [Video(path, part, path.parent.name, None) for path in video_files(root, "[!.]*/*")]
-
-
-def part_folders(root):
-    """The layout root/<train, val, test>/<class>/<id>.mp4, which is split already."""
-    videos = []
-    for part in PARTS:
-        videos += class_folders(root / part, part)
-    return videos
 
 
 def recordings(root, notes):
@@ -777,19 +744,18 @@ def split_by_table(videos, path, seed, notes):
             )
         if table.setdefault(name, part) != part:
             raise UserError(f"{path} puts {name} into both {table[name]} and {part}")
-    listed = [v._replace(part=table[v.path.stem]) for v in videos if v.path.stem in table]
-    missing = [video.path.name for video in videos if video.path.stem not in table]
+    videos = [video._replace(part=table.get(video.path.stem)) for video in videos]
+    missing = [video.path.name for video in videos if not video.part]
     if missing:
         names = ", ".join(missing)
         notes.append(f"left out: {len(missing)} videos that {path} does not list: {names}")
-    if any(video.part == "val" for video in listed):
-        return listed
-    notes.append(
-        f"{path} lists none for val: a fifth of those for train validate, drawn by the seed"
-    )
-    train = [video for video in listed if video.part == "train"]
-    test = [video for video in listed if video.part == "test"]
-    return split_by_video(train, seed) + test
+    parts = {part: [video for video in videos if video.part == part] for part in PARTS}
+    if not parts["val"]:
+        notes.append(
+            f"{path} lists none for val: a fifth of those for train validate, drawn by the seed"
+        )
+        parts["train"] = split_by_video(parts["train"], seed)
+    return sum(parts.values(), [])
 
 
 def split_by_video(videos, seed):
@@ -810,24 +776,25 @@ def find_videos(root, seed, notes):
         raise UserError(f"{root} is not a folder: {USAGE.format(root)}")
     if (root / "train").is_dir() and (root / "val").is_dir():
         notes.append(f"{root} holds class folders in train and val")
-        return part_folders(root)
+        return sum((class_folders(root / part, part) for part in PARTS), [])
     if (root / "videos").is_dir() and (root / "labels").is_dir():
         videos = recordings(root, notes)
-        count = len(videos)
-        kind = "untrimmed recordings with labels"
+        found = f"{root} holds {len(videos)} untrimmed recordings with labels"
+        enough = len(videos) > 1
     else:
         videos = class_folders(root)
-        count = len({video.name for video in videos})
-        kind = "class folders with videos"
-    notes.append(f"{root} holds {count} {kind}")
-    if count < 2:
-        raise UserError(f"{notes[-1]} where at least 2 are needed: {USAGE.format(root)}")
+        names = {video.name for video in videos}
+        found = f"{root} holds {len(names)} class folders with videos"
+        enough = len(names) > 1
+    if not enough:
+        raise UserError(f"{found} where at least 2 are needed: {USAGE.format(root)}")
+    notes.append(found)
     table = root / "split.csv"
     if table.is_file():
         return split_by_table(videos, table, seed, notes)
     notes.append(
-        f"split by video: if one person is in several, keep them together by {table} "
-        "(the line id,split, then lines of a name without .mp4 and train, val or test)"
+        f"split by video: if one person is in several, keep them together by {table} (the line "
+        "id,split, then lines of a name without .mp4 and train, val or test)"
     )
     return split_by_video(videos, seed)
 
@@ -838,13 +805,13 @@ def check_files(paths, all_times, quiet):
     What was found is remembered in the user's cache folder until the size or the time of the file
     change.
     """
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    store = folder / "exercise_videos.json"
+    store = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    store /= "exercise_videos.json"
     try:
         known = json.loads(store.read_text())
     except (OSError, ValueError):  # none yet, or damaged
         known = {}
-    known_before = len(known)
+    before = len(known)
     good = {}
     bad = {}
 
@@ -858,11 +825,10 @@ def check_files(paths, all_times, quiet):
         except (UserError, OSError) as error:
             bad[path] = str(error)
 
-    bar = tqdm(desc="checking videos", total=len(paths), unit="file", disable=quiet)
-    with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in pool.map(check, paths):
-            bar.update()
-    if len(known) > known_before:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = pool.map(check, paths)
+        list(tqdm(jobs, "checking videos", len(paths), unit="file", disable=quiet))
+    if len(known) > before:
         with suppress(OSError):  # then the next start checks again
             store.parent.mkdir(parents=True, exist_ok=True)
             store.write_text(json.dumps(known))
@@ -871,65 +837,50 @@ def check_files(paths, all_times, quiet):
 
 def refuse_twins(videos):
     """UserError if a video of another part has the same content as one of train."""
-    by_size = defaultdict(list)
+    train = defaultdict(list)
     for video in videos:
         if video.part == "train":
-            by_size[video.path.stat().st_size].append(video.path)
+            train[video.path.stat().st_size].append(video.path)
     for video in videos:
-        if video.part == "train":
-            continue
-        for twin in by_size[video.path.stat().st_size]:
-            if filecmp.cmp(video.path, twin, shallow=False):
-                sentence = f"{video.path} is the same video as {twin}, which is trained on"
-                raise UserError(f"{sentence}: remove one of the two")
+        for twin in train[video.path.stat().st_size]:
+            if video.part != "train" and filecmp.cmp(video.path, twin, shallow=False):
+                raise UserError(
+                    f"{video.path} is the same video as {twin}, which is trained on: remove one "
+                    "of the two"
+                )
 
 
 def name_labels(root, videos):
     """{label: name} of all labels in recordings, as root/classes.csv or else the number says."""
     table = root / "classes.csv"
     rows = read_table(table, ["label", "name"]) if table.is_file() else []
-    names = {row[0]: row[1] for row in rows}
-    names[str(NO_EXERCISE)] = "no_exercise"
+    names = {row[0]: row[1] for row in rows} | {str(NO_EXERCISE): "no_exercise"}
     labels = set().union(*(video.labels.tolist() for video in videos)) - {UNLABELLED}
     return {label: names.get(str(label), str(label)) for label in sorted(labels)}
 
 
 def find_classes(videos, names):
     """Names of the classes of Videos: by alphabet, those of recordings in the order of labels."""
-    found = {video.name for video in videos if video.labels is None}
-    for video in videos:
-        if video.labels is not None:
-            found.update(names[label] for label in set(video.labels.tolist()) & set(names))
-    order = names.values() if names else sorted(found)
-    return list(dict.fromkeys(name for name in order if name in found))
+    if not names:
+        return sorted({video.name for video in videos})
+    found = set().union(*(video.labels.tolist() for video in videos))
+    return list(dict.fromkeys(names[label] for label in names if label in found))
 
 
-def cut(video, probed, names, clip):
-    """Rows of one Video: the whole of it, or the windows of a recording whose label has a name."""
-    if video.labels is None:
-        return [Row(video.path, video.part, video.name, 0.0, probed.seconds)]
-    rows = []
-    for label, start, end in windows(video.labels, probed.times, clip):
-        if label in names:
-            rows.append(Row(video.path, video.part, names[label], start, end))
-    return rows
-
-
-def thin_background(rows, background, ratio, seed, notes):
-    """The rows, but in each part of those with the name `background` a share drawn by the seed."""
-    kept = [row for row in rows if row.name != background]
+def thin_background(segments, label, ratio, seed, notes):
+    """The segments, but of those with the label of no exercise a share, drawn by the seed."""
+    kept = [segment for segment in segments if segment.label != label]
     for part in PARTS:
-        others = [row for row in rows if row.part == part and row.name == background]
+        others = [s for s in segments if s.part == part and s.label == label]
         if others:
-            count = sum(row.part == part for row in kept)
             n = max(1, round(ratio * len(others)))
+            count = [segment.part for segment in kept].count(part)
             kept += random.Random(f"{seed} {part}").sample(others, n)
-            found = f"{count} windows of exercises, {n} of {len(others)} of none kept"
-            notes.append(f"{part}: {found}")
+            notes.append(f"{part}: {count} windows of exercises, {n} of {len(others)} of none kept")
     return kept
 
 
-# -------------------------------------------------------------------------------------- data module
+# ------------------------------------------------------------------------------------ data module
 
 
 @dataclass
@@ -961,122 +912,118 @@ class ExerciseVideoDataModule:
 
     def setup(self):
         # files
-        self.notes = []
-        videos = find_videos(self.data, self.seed, self.notes)
-        probes, bad = self.check(videos)
+        notes = self.notes = []
+        videos = find_videos(self.data, self.seed, notes)
+        tracks = [video for video in videos if video.labels is not None]
+        paths = [video.path for video in videos]
+        probes, bad = check_files(paths, bool(tracks), quiet=self.rank > 0)
+        notes += [f"left out: {reason}" for reason in bad.values()]
+        if bad:
+            notes.append(f"{len(bad)} of {len(paths)} videos can't be read")
         readable = [video for video in videos if video.path in probes]
         refuse_twins(readable)
 
         # classes
-        tracks = [video for video in videos if video.labels is not None]
         names = name_labels(self.data, tracks) if tracks else {}
         if not self.background_ratio:
             names.pop(NO_EXERCISE, None)
         self.classes = find_classes([v for v in videos if v.part == "train"], names)
         count = len(self.classes)
         if count < 2:
-            sentence = f"{self.data} has {count} classes to train where at least 2 are needed"
-            raise UserError(sentence)
+            raise UserError(f"{self.data} has {count} classes to train where at least 2 are needed")
 
-        # table of rows
-        rows = []
+        # table of segments
+        segments = []
         for video in readable:
-            rows += cut(video, probes[video.path], names, self.clip)
-        self.refuse_strangers(rows)
+            segments += self.cut(video, probes[video.path], names)
         if NO_EXERCISE in names:
-            background = names[NO_EXERCISE]
-            rows = thin_background(rows, background, self.background_ratio, self.seed, self.notes)
-        self.refuse_gaps(videos, rows, bad)
+            label = self.classes.index(names[NO_EXERCISE])
+            segments = thin_background(segments, label, self.background_ratio, self.seed, notes)
+        self.refuse_gaps(videos, segments, bad)
+        self.note_orientation(segments)
 
         # data sets
-        segments = self.find_segments(rows, probes)
-        self.note_orientation(segments)
-        self.train_set = self.data_set(segments["train"], training=True)
-        self.val_set = self.data_set(segments["val"])
-        self.test_set = self.data_set(segments["test"]) if segments["test"] else None
+        self.train_set = self.data_set(segments, "train")
+        self.val_set = self.data_set(segments, "val")
+        self.test_set = self.data_set(segments, "test")
         budget = int(1e9 * self.cache_gb) // self.world
         self.train_set.keep_in_memory(budget - self.val_set.keep_in_memory(budget))
 
-    def check(self, videos):
-        """{path: Probe} of those that can be read, {path: reason} of the others; notes tell both."""
-        paths = [video.path for video in videos]
-        all_times = any(video.labels is not None for video in videos)
-        probes, bad = check_files(paths, all_times, quiet=self.rank > 0)
-        self.notes += [f"left out: {reason}" for reason in bad.values()]
-        if bad:
-            self.notes.append(f"{len(bad)} of {len(paths)} videos can't be read")
-        for video in videos:
-            if video.labels is None or video.path not in probes:
-                continue
-            frames = len(probes[video.path].times)
+    def cut(self, video, probed, names):
+        """Segments of a Video: the whole, or the windows of a recording whose label has a name."""
+        stretches = [(video.name, 0.0, probed.seconds)]
+        if video.labels is not None:
+            found = windows(video.labels, probed.times, self.clip)
+            stretches = [(names[k], start, end) for k, start, end in found if k in names]
+            frames = len(probed.times)
             labels = len(video.labels)
             if abs(labels - frames) > 0.01 * frames:
-                sentence = f"{video.path} has {frames} frames and {labels} labels"
-                self.notes.append(f"{sentence}: is it the right file?")
-        return probes, bad
+                self.notes.append(
+                    f"{video.path} has {frames} frames and {labels} labels: is it the right file?"
+                )
+        geometry = middle(probed.height, probed.width, self.clip.size)
+        segments = []
+        for name, start, end in stretches:
+            if name not in self.classes:
+                raise UserError(
+                    f"{video.path} in {video.part} has the class {name}, which no video to train "
+                    "on has"
+                )
+            label = self.classes.index(name)
+            segments.append(Segment(video.path, label, start, end, geometry, video.part))
+        return segments
 
-    def refuse_strangers(self, rows):
-        """UserError if a row has a class that none to train on has."""
-        for row in rows:
-            if row.name not in self.classes:
-                sentence = f"{row.path} in {row.part} has the class {row.name}"
-                raise UserError(f"{sentence}, which no video to train on has")
-
-    def refuse_gaps(self, videos, rows, bad):
+    def refuse_gaps(self, videos, segments, bad):
         """UserError if a class has no clip to train on, or a part that should have some has none."""
-        trained = {row.name for row in rows if row.part == "train"}
+        trained = {self.classes[s.label] for s in segments if s.part == "train"}
         missing = sorted(set(self.classes) - trained)
         gaps = [f"class {name} to train on" for name in missing]
         wanted = {video.part for video in videos} | {"val"}
-        empty = wanted - {row.part for row in rows}
-        gaps += [part for part in PARTS if part in empty]
-        if not gaps:
-            return
-        suspects = sorted(bad, key=lambda path: path.parent.name not in missing)
-        why = [bad[path] for path in suspects[:3]]
-        seconds = self.clip.length / self.clip.fps
-        why.append(f"a class takes 2 videos, and in recordings one that lasts for {seconds:g} s")
-        raise UserError(f"{self.data} has no clip left for {', '.join(gaps)}: {'; '.join(why)}")
-
-    def find_segments(self, rows, probes):
-        """{part: its Segments in the order of the files}."""
-        segments = {part: [] for part in PARTS}
-        for row in sorted(rows):
-            probed = probes[row.path]
-            geometry = middle(probed.height, probed.width, self.clip.size)
-            label = self.classes.index(row.name)
-            segments[row.part].append(Segment(row.path, label, row.start, row.end, geometry))
-        return {part: sorted(found) for part, found in segments.items()}
+        gaps += sorted(wanted - {segment.part for segment in segments})
+        if gaps:
+            suspects = sorted(bad, key=lambda path: path.parent.name not in missing)
+            why = [f"{bad[path]}; " for path in suspects[:3]]
+            raise UserError(
+                f"{self.data} has no clip left for {', '.join(gaps)}: {''.join(why)}a class takes "
+                "2 videos, and in recordings one that lasts for "
+                f"{self.clip.length / self.clip.fps:g} s"
+            )
 
     def note_orientation(self, segments):
         W, H = self.clip.size
-        sources = {s.path: s.geometry.source for s in sum(segments.values(), [])}
-        misfit = sum((w > h) != (W > H) for h, w in sources.values() if w != h)
+        sources = {s.path: s.geometry.source for s in segments}.values()
+        misfit = sum((w > h) != (W > H) for h, w in sources if w != h)
         if misfit and W != H:
             kind = "landscape" if W < H else "portrait"
-            found = f"{misfit} of {len(sources)} videos are {kind}, which {W}x{H} cuts"
-            self.notes.append(f"{found}: try --size {H}x{W}")
+            self.notes.append(
+                f"{misfit} of {len(sources)} videos are {kind}, which {W}x{H} cuts: try --size "
+                f"{H}x{W}"
+            )
 
-    def data_set(self, segments, training=False):
+    def data_set(self, segments, part):
+        segments = sorted(segment for segment in segments if segment.part == part)
+        if not segments:
+            return None
+        training = part == "train"
         debug_dir = Path("debug_output") if self.debug and training else None
         return ExerciseVideoDataset(segments, self.clip, training, self.clips_per_video, debug_dir)
 
     def class_weights(self):
-        """float32 (classes,): inverse frequency in train, clips / (classes * clips of the class)."""
+        """float32 (classes,): inverse frequency in train, clips / (classes * those of the class)."""
         labels = torch.tensor([segment.label for segment in self.train_set.segments])
-        counts = torch.bincount(labels, minlength=len(self.classes))
+        counts = labels.bincount(minlength=len(self.classes))
         return counts.sum() / (len(counts) * counts.float())
 
     def train_dataloader(self):
         return self._loader(self.train_set, shuffle=True)
 
     def val_dataloader(self):
-        return self._loader(self.val_set, shuffle=False)
+        return self._loader(self.val_set)
 
     def test_dataloader(self):
-        return self._loader(self.test_set, shuffle=False)
+        return self._loader(self.test_set)
 
-    def _loader(self, data_set, shuffle):
+    def _loader(self, data_set, shuffle=False):
         n = len(data_set)
         batches = EpochBatches(n, self.batch_size, self.seed, shuffle, self.rank, self.world)
         return DataLoader(
@@ -1090,295 +1037,259 @@ class ExerciseVideoDataModule:
         )
 
 
-# ------------------------------------------------------------------------------------- demo data set
+# ----------------------------------------------------------------------------------- demo data set
 
+# view: side, front or either. held: the joint that keeps its place. weight: what the hands hold.
+# pace: the mean time between two poses (s), or a range of phases (0 first pose, 1 second), one of
+# which is held: such a class shares its poses with a class that moves, so that only the motion
+# tells the two apart. poses: gone through in turn, then with the sides swapped.
 Exercise = namedtuple("Exercise", "view held weight pace poses")
-Exercise.__doc__ = """view: side, front or either. held: the joint that keeps its place. weight: what the hands hold.
-pace: the mean time between two poses (s), or a range of phases (0 first pose, 1 second), one of which is held: such a
-class shares its poses with a class that moves, so that only the motion tells the two apart. poses: gone through in
-turn, then with the sides swapped."""
-# A pose holds angles in degrees: torso, head, upper arm, forearm, thigh, shin, foot (in side views). The torso counts
-# from upright (+ forward), the head from the torso's line, the limbs from hanging down (90 forward, or outward in a
-# front view; 180 up). Two rows are for the near (left) and the far (right) side.
+# A pose holds angles in degrees: torso, head, upper arm, forearm, thigh, shin, foot (in side
+# views). The torso counts from upright (+ forward), the head from the torso's line, the limbs from
+# hanging down (90 forward, or outward in a front view; 180 up). 4/14 is near (left) / far (right).
 # fmt: off
-SQUAT = [(0, 0, 5, 15, 0, 0, 90), (45, -25, 80, 88, 98, -38, 90)]
-PUSH_UP = [(72, -10, 0, 2, -72, -72, 22), (85, -20, -78, 42, -85, -85, 10)]
-STAND = (0, 0, 0, 40, 0, 0, 90)
-PIKE = (96, -20, 2, 0, -56, -60, 28)
+SQUAT = """
+    0     0     5    15     0     0    90
+   45   -25    80    88    98   -38    90"""
+PUSH_UP = """
+   72   -10     0     2   -72   -72    22
+   85   -20   -78    42   -85   -85    10"""
 DEMO_EXERCISES = {
-    "no_exercise": Exercise("either", "ankle", "", 1.5, [
-        (0, 0, 6, 8, 4, 4, 90),
-        [(3, 6, 4, 14, 10, 4, 90), (3, 6, 14, 60, 0, 2, 90)],
-        [(-3, -8, 8, 12, 0, 3, 90), (-3, -8, 4, 30, 9, 4, 90)],
-        [(1, 12, 10, 70, 4, 4, 90), (1, 12, 6, 10, 4, 4, 90)],
-    ]),
+    "no_exercise": Exercise("either", "ankle", "", 1.5, """
+    0     0     6     8     4     4    90
+    3     6  4/14 14/60  10/0   4/2    90
+   -3    -8   8/4 12/30   0/9   3/4    90
+    1    12  10/6 70/10     4     4    90"""),
     "squat": Exercise("side", "ankle", "", 0.9, SQUAT),
     "squat_hold": Exercise("side", "ankle", "", (0.35, 1), SQUAT),
     "push_up": Exercise("side", "hand", "", 0.9, PUSH_UP),
     "plank": Exercise("side", "hand", "", (0, 0), PUSH_UP),
-    "lunge": Exercise("side", "toe", "", 0.9, [
-        STAND,
-        [(4, 0, -15, 75, 92, 0, 90), (4, 0, -15, 75, -14, -84, 15)],
-    ]),
-    "jumping_jack": Exercise("front", "hip", "", 0.75, [
-        (0, 0, 8, 5, 3, 2, 90),
-        (0, 0, 148, 165, 30, 28, 90),
-    ]),
-    "biceps_curl": Exercise("side", "ankle", "dumbbells", 0.9, [
-        (0, 0, -2, 4, 0, 0, 90),
-        (-3, 0, 12, 150, 0, 0, 90),
-    ]),
-    "shoulder_press": Exercise("front", "ankle", "dumbbells", 0.9, [
-        (0, 0, 42, 172, 9, 6, 90),
-        (0, 0, 166, 178, 9, 6, 90),
-    ]),
-    "lateral_raise": Exercise("front", "ankle", "dumbbells", 0.9, [
-        (0, 0, 8, 5, 7, 5, 90),
-        (0, 0, 92, 88, 7, 5, 90),
-    ]),
-    "deadlift": Exercise("side", "ankle", "barbell", 0.9, [
-        (0, 0, 4, 6, 0, 0, 90),
-        (78, -30, -4, 2, 44, -14, 90),
-    ]),
-    "sit_up": Exercise("side", "hip", "", 0.9, [
-        (-89, 10, 112, 100, 138, 32, 90),
-        (-8, 8, 72, 84, 138, 32, 90),
-    ]),
-    "leg_raise": Exercise("side", "hip", "", 0.9, [
-        (-90, 5, 84, 90, 89, 88, 165),
-        (-90, 5, 84, 90, 172, 170, 250),
-    ]),
-    "glute_bridge": Exercise("side", "shoulder", "", 0.9, [
-        (-90, 5, 84, 90, 140, 26, 90),
-        (-116, 24, 80, 88, 116, 10, 90),
-    ]),
-    "mountain_climber": Exercise("side", "hand", "", 0.45, [
-        PIKE,
-        [(96, -20, 2, 0, 60, -125, -85), (96, -20, 2, 0, -56, -60, 28)],
-    ]),
-    "high_knees": Exercise("side", "hip", "", 0.45, [
-        STAND,
-        [(-4, 0, -40, 30, 105, -5, 75), (-4, 0, 35, 130, 0, 0, 90)],
-    ]),
-    "side_bend": Exercise("front", "ankle", "", 0.9, [
-        [(33, 8, 132, 168, 14, 9, 90), (33, 8, 196, 222, 14, 9, 90)],
-    ]),
+    "lunge": Exercise("side", "toe", "", 0.9, """
+    0     0     0    40     0     0    90
+    4     0   -15    75 92/-14 0/-84 90/15"""),
+    "jumping_jack": Exercise("front", "hip", "", 0.75, """
+    0     0     8     5     3     2    90
+    0     0   148   165    30    28    90"""),
+    "biceps_curl": Exercise("side", "ankle", "dumbbells", 0.9, """
+    0     0    -2     4     0     0    90
+   -3     0    12   150     0     0    90"""),
+    "shoulder_press": Exercise("front", "ankle", "dumbbells", 0.9, """
+    0     0    42   172     9     6    90
+    0     0   166   178     9     6    90"""),
+    "lateral_raise": Exercise("front", "ankle", "dumbbells", 0.9, """
+    0     0     8     5     7     5    90
+    0     0    92    88     7     5    90"""),
+    "deadlift": Exercise("side", "ankle", "barbell", 0.9, """
+    0     0     4     6     0     0    90
+   78   -30    -4     2    44   -14    90"""),
+    "sit_up": Exercise("side", "hip", "", 0.9, """
+  -89    10   112   100   138    32    90
+   -8     8    72    84   138    32    90"""),
+    "leg_raise": Exercise("side", "hip", "", 0.9, """
+  -90     5    84    90    89    88   165
+  -90     5    84    90   172   170   250"""),
+    "glute_bridge": Exercise("side", "shoulder", "", 0.9, """
+  -90     5    84    90   140    26    90
+ -116    24    80    88   116    10    90"""),
+    "mountain_climber": Exercise("side", "hand", "", 0.45, """
+   96   -20     2     0   -56   -60    28
+   96   -20     2     0 60/-56 -125/-60 -85/28"""),
+    "high_knees": Exercise("side", "hip", "", 0.45, """
+    0     0     0    40     0     0    90
+   -4     0 -40/35 30/130 105/0 -5/0 75/90"""),
+    "side_bend": Exercise("front", "ankle", "", 0.9, """
+   33     8 132/196 168/222  14     9    90"""),
 }
-Joint = namedtuple("Joint", "parent bone length flesh")
-# The joint it hangs on, along which bone and how far, and the flesh around it, in body heights
-SKELETON = {
-    "pelvis": Joint("pelvis", "spine", 0, 0),
-    "neck": Joint("pelvis", "spine", 0.29, 0),
-    "head": Joint("neck", "crown", 0.12, 0.06),
-    "face": Joint("head", "gaze", 0.02, 0),
-    "shoulder": Joint("neck", "across", 0.1, 0.065),
-    "elbow": Joint("shoulder", "upper arm", 0.17, 0.03),
-    "hand": Joint("elbow", "forearm", 0.94 * 0.17, 0.03),
-    "bar": Joint("hand", "dumbbell", -0.05, 0),
-    "bar_end": Joint("hand", "dumbbell", 0.05, 0),
-    "hip": Joint("pelvis", "across", 0.055, 0.065),
-    "knee": Joint("hip", "thigh", 0.245, 0.04),
-    "ankle": Joint("knee", "shin", 0.96 * 0.245, 0.03),
-    "toe": Joint("ankle", "foot", 0.1, 0.03),
-}
-Stroke = namedtuple("Stroke", "start end width colour")  # joint to joint; width in body heights
-BODY = {
-    "arm": [
-        Stroke("elbow", "hand", 0.05, "skin"),
-        Stroke("hand", "hand", 0.065, "skin"),
-        Stroke("shoulder", "elbow", 0.07, "sleeves"),
-    ],
-    "leg": [
-        Stroke("ankle", "toe", 0.055, "shoes"),
-        Stroke("knee", "ankle", 0.07, "socks"),
-        Stroke("hip", "knee", 0.092, "trousers"),
-    ],
-    "trunk": [
-        Stroke("hip", "shoulder", 0.1, "shirt"),
-        Stroke("pelvis", "neck", 0.12, "shirt"),
-    ],
-    "head": [
-        Stroke("neck", "head", 0.055, "skin"),
-        Stroke("head", "head", 0.13, "hair"),
-        Stroke("face", "face", 0.1, "skin"),
-    ],
-    "dumbbells": [
-        Stroke("bar", "bar_end", 0.03, "hub"),
-        Stroke("bar", "bar", 0.08, "iron"),
-        Stroke("bar_end", "bar_end", 0.08, "iron"),
-    ],
-    "barbell": [
-        Stroke("hand", "hand", 0.19, "iron"),
-        Stroke("hand", "hand", 0.05, "hub"),
-    ],
-    "": [],
-}
-# Hue (degrees), saturation and value: the lowest and the highest
-COLOURS = {
-    "skin": [(12, 0.3, 0.5), (28, 0.55, 1)],
-    "hair": [(10, 0.1, 0.05), (40, 0.7, 0.35)],
-    "hub": [(0, 0, 0.8), (0, 0, 0.8)],
-    "shirt": [(0, 0.5, 0.6), (360, 1, 0.9)],
-    "sleeves": [(0, 0.1, 0.8), (360, 0.5, 1)],
-    "iron": [(0, 0, 0.28), (0, 0, 0.28)],
-    "trousers": [(0, 0.3, 0.2), (360, 0.9, 0.6)],
-    "socks": [(0, 0.1, 0.3), (360, 0.8, 0.9)],
-    "shoes": [(0, 0, 0.1), (360, 0.8, 1)],
-    "wall": [(0, 0.03, 0.4), (360, 0.3, 0.85)],
-    "floor": [(0, 0.05, 0.3), (360, 0.3, 0.8)],
-    "mat": [(0, 0.1, 0.4), (360, 0.4, 0.8)],
-}
+# joint, the joint it hangs on, along which bone, how far, the flesh around it; in body heights
+SKELETON = """
+pelvis    pelvis    spine      0       0
+neck      pelvis    spine      0.29    0
+head      neck      crown      0.12    0.06
+face      head      gaze       0.02    0
+shoulder  neck      across     0.1     0.065
+elbow     shoulder  upper_arm  0.17    0.03
+hand      elbow     forearm    0.1598  0.03
+bar       hand      dumbbell  -0.05    0
+bar_end   hand      dumbbell   0.05    0
+hip       pelvis    across     0.055   0.065
+knee      hip       thigh      0.245   0.04
+ankle     knee      shin       0.2352  0.03
+toe       ankle     foot       0.1     0.03
+"""
+# part, stroke from joint to joint, its width in body heights, colour
+BODY = """
+arm        elbow     hand      0.05   skin
+arm        hand      hand      0.065  skin
+arm        shoulder  elbow     0.07   sleeves
+leg        ankle     toe       0.055  shoes
+leg        knee      ankle     0.07   socks
+leg        hip       knee      0.092  trousers
+trunk      hip       shoulder  0.1    shirt
+trunk      pelvis    neck      0.12   shirt
+head       neck      head      0.055  skin
+head       head      head      0.13   hair
+head       face      face      0.1    skin
+dumbbells  bar       bar_end   0.03   hub
+dumbbells  bar       bar       0.08   iron
+dumbbells  bar_end   bar_end   0.08   iron
+barbell    hand      hand      0.19   iron
+barbell    hand      hand      0.05   hub
+"""
+# hue (degrees), saturation and value: the lowest, then the highest
+COLOURS = """
+skin       12  0.3   0.5     28  0.55  1
+hair       10  0.1   0.05    40  0.7   0.35
+hub         0  0     0.8      0  0     0.8
+shirt       0  0.5   0.6    360  1     0.9
+sleeves     0  0.1   0.8    360  0.5   1
+iron        0  0     0.28     0  0     0.28
+trousers    0  0.3   0.2    360  0.9   0.6
+socks       0  0.1   0.3    360  0.8   0.9
+shoes       0  0     0.1    360  0.8   1
+wall        0  0.03  0.4    360  0.3   0.85
+floor       0  0.05  0.3    360  0.3   0.8
+mat         0  0.1   0.4    360  0.4   0.8
+"""
 # fmt: on
-NEAR, FAR = 0, 1
+NEAR = 0
+FAR = 1
+
+
+def words(table):
+    """Lists of the words of each line."""
+    return [line.split() for line in table.strip().splitlines()]
 
 
 def draw_colours(rng):
-    """{name: its colour in BGR, float64 (3,)}, drawn from COLOURS."""
-    low, high = np.swapaxes(list(COLOURS.values()), 0, 1)
-    hsv = rng.uniform(low, high)[None].astype(np.float32)
+    """{name: BGR, float64 (3,)}, drawn from COLOURS."""
+    names = [name for name, *_ in words(COLOURS)]
+    limits = np.array([numbers for _, *numbers in words(COLOURS)], float)
+    hsv = rng.uniform(limits[:, :3], limits[:, 3:])[None].astype(np.float32)
     bgr = 255 * cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)[0].astype(float)
-    return dict(zip(COLOURS, bgr, strict=True))
+    return dict(zip(names, bgr, strict=True))
 
 
 def move(rng, exercise, front, times):
-    """Angles (T, 2 sides, 7) in degrees at `times` (T,) in seconds."""
-    keys = np.array([np.broadcast_to(pose, (2, 7)) for pose in exercise.poses], float)
-    swap = np.ones(7)
+    """Angles (T, 7, 2 sides) in degrees at `times` (T,) in seconds."""
+    poses = []
+    for angles in words(exercise.poses):
+        poses.append([np.broadcast_to(angle.split("/"), 2) for angle in angles])
+    poses = np.array(poses, float)
+    swapped = poses[..., ::-1].copy()
     if front:
-        swap[:2] = -1  # swapping the sides also turns the lean of the torso around
-    keys = np.concatenate([keys, keys[:, ::-1] * swap])
+        swapped[:, :2] *= -1  # swapping the sides also turns the lean of the torso around
+    poses = np.concatenate([poses, swapped])
 
-    # where between which two poses
+    # how far between which two poses; a move starts and stops gently at each
     if isinstance(exercise.pace, tuple):
         phase = np.full(len(times), rng.uniform(*exercise.pace))
     else:
         phase = times / (exercise.pace * rng.uniform(0.67, 1.33)) + rng.uniform(0, 8)
-    number = phase.astype(int)
-    before = keys[number % len(keys)]
-    after = keys[(number + 1) % len(keys)]
-    way = 0.5 - 0.5 * np.cos(np.pi * (phase % 1))  # starts and stops gently at each pose
-    moved = before + way[:, None, None] * (after - before)
+    before = phase.astype(int) % len(poses)
+    way = 0.5 - 0.5 * np.cos(np.pi * (phase % 1))
+    steps = np.roll(poses, -1, axis=0) - poses
+    angles = poses[before] + way[:, None, None] * steps[before]
 
     # the amplitude scales what differs from the first pose; nobody holds quite still
-    turns = times[:, None, None] / rng.uniform(2.5, 4) + rng.uniform(size=7)
-    sway = np.sin(2 * np.pi * turns)
-    return keys[0] + rng.uniform(0.8, 1.05) * (moved - keys[0]) + 0.7 * sway
+    turns = times[:, None, None] / rng.uniform(2.5, 4) + rng.uniform(size=(7, 1))
+    sway = 0.7 * np.sin(2 * np.pi * turns)
+    return poses[0] + rng.uniform(0.8, 1.05) * (angles - poses[0]) + sway
 
 
-def bones(angles, build, front):
-    """{name: vectors (T, 2 sides, xy), y down}: unit vectors times the person's `build` (3,)."""
-    angles[..., 1] += angles[..., 0]  # the head goes along with the torso
-    angles = np.radians(angles)
-    limbs = np.stack([np.sin(angles), np.cos(angles)], axis=-1)  # (T, 2 sides, 7, xy)
+def place_joints(angles, build, front, held):
+    """Joints (T, joints, 2 sides) of SKELETON in body heights, as complex numbers: x right, y down.
+
+    A turn is then a product. The floor is y = 0; the joint `held` stays at x = 0.
+    """
+    angles[:, 1] += angles[:, 0]  # the head goes along with the torso
+    limbs = 1j * np.exp(-1j * np.radians(angles))
     if front:
-        limbs[:, FAR, 2:, 0] *= -1  # outward is -x on the right side
-        limbs[:, :, 6] = [[0.3, 0.3], [-0.3, 0.3]]  # the feet point at us
-    torso, head, upper_arm, forearm, thigh, shin, foot = np.moveaxis(limbs, 2, 0)
-    crown = head * [1, -1]
-    across = torso[..., ::-1] * [[1], [-1]]
-    return {
-        "spine": build[0] * torso * [1, -1],
-        "crown": crown,
-        "gaze": -crown if front else head[..., ::-1] - 0.5 * crown,
-        "across": across if front else -0.12 * across,  # the far side is just a little ahead
-        "upper arm": build[1] * upper_arm,
+        limbs[:, 2:, FAR] = -limbs[:, 2:, FAR].conj()  # outward is -x on the right side
+        limbs[:, 6] = np.array([0.3, -0.3]) + 0.3j  # the feet point at us
+    torso, head, upper_arm, forearm, thigh, shin, foot = np.moveaxis(limbs, 1, 0)
+    bones = {
+        "spine": build[0] * torso.conj(),
+        "crown": head.conj(),
+        "gaze": head.conj() * (-1 if front else 1j - 0.5),
+        # in a side view the far side is just a little ahead
+        "across": 1j * torso.conj() * ([1, -1] if front else [-0.12, 0.12]),
+        "upper_arm": build[1] * upper_arm,
         "forearm": build[1] * forearm,
-        "dumbbell": forearm[..., ::-1] * [1, -1],
+        "dumbbell": -1j * forearm,
         "thigh": build[2] * thigh,
         "shin": build[2] * shin,
         "foot": foot,
     }
+    joints = {"pelvis": 0 * torso}
+    flesh = {}
+    for joint, parent, bone, length, around in words(SKELETON):
+        joints[joint] = joints[parent] + float(length) * bones[bone]
+        flesh[joint] = float(around)
 
-
-def rearmost(points):
-    """Of points (T, 2 sides, xy) those (T, xy) of the side that is further to the left."""
-    side = points[..., 0].argmin(axis=1)
-    return points[np.arange(len(points)), side]
-
-
-def place_joints(angles, build, front, held):
-    """Joints (T, joints, 2 sides, xy) in body heights, y down, in the order of SKELETON.
-
-    The floor is y = 0; the joint `held` stays at x = 0.
-    """
-    vectors = bones(angles, build, front)
-    places = {"pelvis": 0 * vectors["spine"]}
-    for name, joint in SKELETON.items():
-        places[name] = places[joint.parent] + joint.length * vectors[joint.bone]
-    origin = rearmost(places[held])
-    joints = np.stack(list(places.values()), axis=1) - origin[:, None, None]
+    # of the two sides the rearmost counts: numpy compares complex numbers by x first
+    origin = joints[held].min(axis=1)
+    places = np.stack(list(joints.values()), axis=1) - origin[:, None, None]
     if held == "hand":
         # turn the body about the hands until the toes of the stretched leg are on the floor too
-        x, y = (rearmost(places["toe"]) - origin).T
-        turn = np.array([[-x, -y], [y, -x]]) / np.hypot(x, y)
-        joints = np.einsum("ijt,tnsj->tnsi", turn, joints)
-        floor = SKELETON["hand"].flesh
-    else:
-        flesh = np.array([joint.flesh for joint in SKELETON.values()])
-        floor = (joints[..., 1] + flesh[:, None]).max(axis=(1, 2), keepdims=True)
-    joints[..., 1] -= floor
-    return joints
+        toe = joints["toe"].min(axis=1) - origin
+        turn = -toe.conj() / abs(toe)
+        return turn[:, None, None] * places - 1j * flesh["hand"]
+    depth = places.imag + np.array(list(flesh.values()))[:, None]
+    return places - 1j * depth.max(axis=(1, 2), keepdims=True)
 
 
 def draw_background(rng, width, height, tilt):
-    """A soft wall with stripes, a floor and a mat, turned by tilt (degrees): uint8 (H, W, 4), alpha 0."""
+    """A wall with stripes, a floor and a mat, turned by tilt (degrees): uint8 (H, W, 4), alpha 0."""
     colours = draw_colours(rng)
     horizon = int(height * rng.uniform(0.68, 0.82))
-    image = np.full((height, width, 3), colours["wall"])
-
-    # stripes
     step = rng.integers(30, 90)
+    image = np.full((height, width, 3), colours["wall"])
     top, bottom = np.sort(rng.integers(horizon, size=2))
     for x in range(rng.integers(step), width, step):
         image[top:bottom, x : x + step // 2] = rng.uniform(0.75, 1.25) * colours["wall"]
-
-    # floor and mat
     image[horizon:] = colours["floor"]
-    edge = width // 10
-    image[horizon + rng.integers(10, 90) : -20, edge:-edge] = colours["mat"]
+    side = width // 10
+    image[horizon + rng.integers(10, 90) : -20, side:-side] = colours["mat"]
 
     # clouds, light, tilt
     clouds = rng.normal(0, rng.uniform(2, 6), (height // 10, width // 10))
     image += cv2.resize(clouds, (width, height))[..., None]
-    above, below = rng.uniform(0.8, 1.15, 2)
-    image *= np.linspace(above, below, height)[:, None, None]
+    light = np.linspace(*rng.uniform(0.8, 1.15, 2), height)
+    image = np.clip(image * light[:, None, None], 0, 240)
     # enlarged, so that no corner stays empty
     turn = cv2.getRotationMatrix2D((width / 2, height / 2), tilt, 1.13)
-    image = cv2.warpAffine(np.clip(image, 0, 240), turn, (width, height)).astype(np.uint8)
-    return cv2.cvtColor(image, cv2.COLOR_BGR2BGRA) * np.uint8([1, 1, 1, 0])
+    image = cv2.warpAffine(image, turn, (width, height)).astype(np.uint8)
+    return np.pad(image, ((0, 0), (0, 0), (0, 1)))
 
 
 def draw_figure(canvas, joints, scale, colours, front, weight):
-    """Draw joints (joints, 2 sides, xy) in pixels on the canvas (H, W, 4), with alpha 255.
+    """Draw joints {name: [[x, y] of both sides]} in 1/16 pixels on the canvas (H, W, 4), alpha 255.
 
     scale: pixels per body height. Parts are drawn from the back to the front.
     """
-    places = (16 * joints).round().astype(int).tolist()  # in 1/16 pixels: OpenCV's shift = 4
-    at = dict(zip(SKELETON, places, strict=True))
-    parts = [("leg", [FAR]), ("leg", [NEAR]), ("trunk", [FAR, NEAR]), ("head", [NEAR])]
+    arm = f"arm {weight}"
+    body = [("leg", [FAR]), ("leg", [NEAR]), ("trunk", [FAR, NEAR]), ("head", [NEAR])]
     if front:
-        parts = [*parts, ("arm", [FAR, NEAR])]
+        parts = [*body, (arm, [FAR, NEAR])]
     else:
-        parts = [("arm", [FAR]), *parts, ("arm", [NEAR])]
+        parts = [(arm, [FAR]), *body, (arm, [NEAR])]
     for part, sides in parts:
-        strokes = BODY[part]
-        if part == "arm":
-            strokes = strokes + BODY[weight]
-        shade = 0.75 if sides == [FAR] and not front else 1
+        strokes = [stroke for stroke in words(BODY) if stroke[0] in part.split()]
+        shade = 1 if front or NEAR in sides else 0.75  # the far side is darker
         # the outline goes first
         for edge, light, line_type in ((3, 0.55, cv2.LINE_AA), (0, shade, cv2.LINE_8)):
-            for stroke, side in product(strokes, sides):
-                first = at[stroke.start][side]
-                last = at[stroke.end][side]
-                bgra = (*(light * colours[stroke.colour]), 255)
-                thickness = round(stroke.width * scale) + edge
+            for (_, start, end, width, colour), side in product(strokes, sides):
+                first = joints[start][side]
+                last = joints[end][side]
+                bgra = (*(light * colours[colour]), 255)
+                thickness = round(float(width) * scale) + edge
                 cv2.line(canvas, first, last, bgra, thickness, line_type, 4)
 
 
 def render_demo_video(exercise, person, seed=0, size=(300, 400), fps=30, seconds=4.0):
     """One take: frames uint8 (T, H, W, 3) in BGR, and the mask bool (T, H, W) of the figure.
 
-    The figure is the person with the weights. size: (W, H).
+    The figure includes its weights. size: (W, H).
     """
     # looks, which all takes of the person share
     rng = np.random.default_rng([seed, person])
@@ -1386,34 +1297,38 @@ def render_demo_video(exercise, person, seed=0, size=(300, 400), fps=30, seconds
     build = rng.uniform(0.9, 1.1, 3)  # of torso, arms and legs
     girth = rng.uniform(0.9, 1.1)
 
-    # motion and view
+    # motion
     rng = np.random.default_rng([seed, person, list(DEMO_EXERCISES).index(exercise)])
     exercise = DEMO_EXERCISES[exercise]
     front = rng.uniform() < {"side": 0, "front": 1, "either": 0.5}[exercise.view]
     tilt = rng.uniform(-5, 5)
     angles = move(rng, exercise, front, np.arange(round(fps * seconds)) / fps)
     joints = place_joints(angles, build, front, exercise.held)
-    joints = joints * [rng.choice([-1, 1]), 1]  # faces right or left
-    joints = joints @ cv2.getRotationMatrix2D((0, 0), tilt, 1)[:, :2].T
+    joints.real *= rng.choice([-1, 1])  # faces right or left
+    joints *= np.exp(-1j * np.radians(tilt))
 
-    # place in the frame, never out of it; scale in pixels per body height
+    # place in the frame, never out of it
+    width, height = size
     size = np.array(size)
-    low = joints.min(axis=(0, 1, 2)) - 0.12  # with flesh and weights
-    high = joints.max(axis=(0, 1, 2)) + 0.12
-    scale = min(size[1] * rng.uniform(0.55, 0.8), *(0.97 * size / (high - low)))
+    points = np.stack([joints.real, joints.imag], axis=-1)
+    low = points.min(axis=(0, 1, 2)) - 0.12  # with flesh and weights
+    high = points.max(axis=(0, 1, 2)) + 0.12
+    scale = min(height * rng.uniform(0.55, 0.8), *(0.97 * size / (high - low)))
     place = size * rng.uniform([0.4, 0.86], [0.6, 0.95]) - scale * (low + high) * [0.5, 0]
-    joints = scale * joints + np.clip(place, -scale * low, size - scale * high)
+    points = scale * points + np.clip(place, -scale * low, size - scale * high)
+    points = (16 * points).round().astype(int).tolist()
 
     # draw
-    width, height = size.tolist()
     background = draw_background(rng, width, height, tilt)
     noise = rng.integers(0, 12, (height, width, 3), np.uint8)
-    shifts = rng.integers(height, size=len(joints))
+    shifts = rng.integers(height, size=len(points))
+    names = [name for name, *_ in words(SKELETON)]
     frames = []
     masks = []
-    for points, shift in zip(joints, shifts, strict=True):
+    for places, shift in zip(points, shifts, strict=True):
         canvas = background.copy()
-        draw_figure(canvas, points, scale * girth, colours, front, exercise.weight)
+        at = dict(zip(names, places, strict=True))
+        draw_figure(canvas, at, scale * girth, colours, front, exercise.weight)
         masks.append(canvas[..., 3] > 0)
         picture = cv2.cvtColor(canvas, cv2.COLOR_BGRA2BGR)
         frames.append(cv2.add(picture, np.roll(noise, shift, axis=0)))
@@ -1423,7 +1338,7 @@ def render_demo_video(exercise, person, seed=0, size=(300, 400), fps=30, seconds
 def render_demo(root, seed=0, train_people=16, val_people=6):
     """Write root/<train or val>/<class>/person<number>.mp4; train and val show different people."""
     # renamed at the end: what was interrupted does not pass for whole
-    partial = root.with_name(root.name + ".partial")
+    partial = root.with_name(f"{root.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
 
     def write(task):
@@ -1435,8 +1350,6 @@ def render_demo(root, seed=0, train_people=16, val_people=6):
         write_video(path, frames, 30)
 
     tasks = list(product(range(train_people + val_people), DEMO_EXERCISES))
-    bar = tqdm(desc="rendering the demo data", total=len(tasks), unit="video")
-    with bar, ThreadPoolExecutor(os.cpu_count()) as pool:  # threads do: OpenCV frees Python's lock
-        for _ in pool.map(write, tasks):
-            bar.update()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads do: OpenCV frees Python's lock
+        list(tqdm(pool.map(write, tasks), "rendering the demo data", len(tasks), unit="video"))
     partial.rename(root)
