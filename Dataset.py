@@ -420,16 +420,15 @@ class FrameCache:
     """
 
     def __init__(self, wanted, budget):
-        self.places = {}  # {path: {number: (place among all frames, first byte)}}
+        self.places = {}  # {(path, number): (place among all frames, first byte)}
         self.nbytes = 0
         count = 0
         for path, (numbers, sides) in wanted.items():
             frame_bytes = 3 * math.prod(sides)
             if self.nbytes + len(numbers) * frame_bytes > budget:
                 break
-            places = self.places[path] = {}
             for number in sorted(numbers):
-                places[number] = (count, self.nbytes)
+                self.places[path, number] = (count, self.nbytes)
                 count += 1
                 self.nbytes += frame_bytes
         self.frames = shared_bytes(self.nbytes)
@@ -437,14 +436,14 @@ class FrameCache:
 
     def view(self, segment, numbers):
         """(which are there (T,), frames (T, C, h, w)) of neighbours: views of the memory."""
-        place, byte = self.places[segment.path][numbers[0]]
+        place, byte = self.places[segment.path, numbers[0]]
         shape = (len(numbers), *segment.geometry.kept, 3)
         frames = self.frames[byte : byte + math.prod(shape)].view(shape)
         return self.filled[place : place + len(numbers)], frames.permute(0, 3, 1, 2)
 
     def get(self, segment, numbers):
         """uint8 (T, C, h, w) at neighbouring numbers of the grid, or None where one is missing."""
-        if segment.path in self.places:
+        if (segment.path, numbers[0]) in self.places:
             filled, frames = self.view(segment, numbers)
             if filled.all():
                 return frames
@@ -452,7 +451,7 @@ class FrameCache:
 
     def put(self, segment, numbers, frames):
         """Keep frames, if their file is one of those that fit."""
-        if segment.path in self.places:
+        if (segment.path, numbers[0]) in self.places:
             filled, cached = self.view(segment, numbers)
             cached.copy_(frames)
             filled.fill_(1)  # last, for another worker may look
@@ -463,9 +462,9 @@ class FrameCache:
 # A stretch of a video: number of its class, start and end in seconds, its Geometry, and which of
 # PARTS it belongs to
 Segment = namedtuple("Segment", "path label start end geometry part", defaults=[None])
-# A clip of a data set: number of its segment; its first frame, counted on the time grid from the
-# segment's start, or None for a random one; whether it is the clip in the segment's middle
-Item = namedtuple("Item", "segment start centred")
+# A clip of a data set: number of its segment; numbers of its frames on the time grid of the file,
+# in training of those it is drawn from; whether it is the clip in the segment's middle
+Item = namedtuple("Item", "segment grid centred")
 # uint8 (T, C, H, W), number of the class, number of the segment, whether it is the middle
 Sample = namedtuple("Sample", "clip label video centred")
 
@@ -495,31 +494,30 @@ class ExerciseVideoDataset(Dataset):
         self.saved = 0
         self.cache = FrameCache({}, 0)
         self.transform = TrainTransform(clip.size) if training else v2.CenterCrop(clip.size[::-1])
+        self.training = training
         self.items = []
         for number, segment in enumerate(segments):
-            room = max(0, len(self.grid(segment)) - clip.length)
-            starts = [None] if training else spread(room, clips_per_video)
-            self.items += [Item(number, start, start == room // 2) for start in starts]
+            first = round(segment.start * clip.fps)
+            last = first + int((segment.end - segment.start) * clip.fps + 1e-6)
+            grid = range(first, last + 1)
+            room = max(0, len(grid) - clip.length)
+            if training:
+                self.items.append(Item(number, grid, False))
+                continue
+            for start in spread(room, clips_per_video):
+                inside = grid[start : start + clip.length]
+                self.items.append(Item(number, inside, start == room // 2))
 
     def __len__(self):
         return len(self.items)
-
-    def grid(self, segment):
-        """Numbers of a segment's frames on the time grid of its file, at least one."""
-        first = round(segment.start * self.clip.fps)
-        count = int((segment.end - segment.start) * self.clip.fps + 1e-6) + 1
-        return range(first, first + count)
 
     def keep_in_memory(self, budget):
         """Keep frames in a cache of at most `budget` bytes; returns how many it may take."""
         wanted = {}
         for item in self.items:
             segment = self.segments[item.segment]
-            grid = self.grid(segment)
-            if item.start is not None:
-                grid = grid[item.start : item.start + self.clip.length]
             numbers, _ = wanted.setdefault(segment.path, (set(), segment.geometry.kept))
-            numbers.update(grid)
+            numbers.update(item.grid)
         self.cache = FrameCache(wanted, budget)
         return self.cache.nbytes
 
@@ -539,13 +537,14 @@ class ExerciseVideoDataset(Dataset):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 return self[i]
-        number, start, centred = self.items[i]
+        number, grid, centred = self.items[i]
         segment = self.segments[number]
-        grid = self.grid(segment)
         length = self.clip.length
-        if start is None:
-            start = int(torch.randint(max(0, len(grid) - length) + 1, ()))
-        frames = self.read(segment, grid[start : start + length])
+        if self.training:
+            room = max(0, len(grid) - length)
+            start = int(torch.randint(room + 1, ()))
+            grid = grid[start : start + length]
+        frames = self.read(segment, grid)
         if len(frames) < length:
             frames = frames[torch.arange(length) % len(frames)]
         clip = self.transform(frames)
@@ -779,16 +778,14 @@ def find_videos(root, seed, notes):
         return sum((class_folders(root / part, part) for part in PARTS), [])
     if (root / "videos").is_dir() and (root / "labels").is_dir():
         videos = recordings(root, notes)
-        found = f"{root} holds {len(videos)} untrimmed recordings with labels"
-        enough = len(videos) > 1
+        count = len(videos)
+        notes.append(f"{root} holds {count} untrimmed recordings with labels")
     else:
         videos = class_folders(root)
-        names = {video.name for video in videos}
-        found = f"{root} holds {len(names)} class folders with videos"
-        enough = len(names) > 1
-    if not enough:
-        raise UserError(f"{found} where at least 2 are needed: {USAGE.format(root)}")
-    notes.append(found)
+        count = len({video.name for video in videos})
+        notes.append(f"{root} holds {count} class folders with videos")
+    if count < 2:
+        raise UserError(f"{notes[-1]} where at least 2 are needed: {USAGE.format(root)}")
     table = root / "split.csv"
     if table.is_file():
         return split_by_table(videos, table, seed, notes)
@@ -974,7 +971,7 @@ class ExerciseVideoDataModule:
         return segments
 
     def refuse_gaps(self, videos, segments, bad):
-        """UserError if a class has no clip to train on, or a part that should have some has none."""
+        """UserError if a class has no clip to train on, or a part has none that should."""
         trained = {self.classes[s.label] for s in segments if s.part == "train"}
         missing = sorted(set(self.classes) - trained)
         gaps = [f"class {name} to train on" for name in missing]
@@ -982,11 +979,11 @@ class ExerciseVideoDataModule:
         gaps += sorted(wanted - {segment.part for segment in segments})
         if gaps:
             suspects = sorted(bad, key=lambda path: path.parent.name not in missing)
-            why = [f"{bad[path]}; " for path in suspects[:3]]
+            why = "".join(f"{bad[path]}; " for path in suspects[:3])
+            seconds = self.clip.length / self.clip.fps
             raise UserError(
-                f"{self.data} has no clip left for {', '.join(gaps)}: {''.join(why)}a class takes "
-                "2 videos, and in recordings one that lasts for "
-                f"{self.clip.length / self.clip.fps:g} s"
+                f"{self.data} has no clip left for {', '.join(gaps)}: {why}a class takes 2 videos, "
+                f"and in recordings one that lasts for {seconds:g} s"
             )
 
     def note_orientation(self, segments):
@@ -1009,7 +1006,7 @@ class ExerciseVideoDataModule:
         return ExerciseVideoDataset(segments, self.clip, training, self.clips_per_video, debug_dir)
 
     def class_weights(self):
-        """float32 (classes,): inverse frequency in train, clips / (classes * those of the class)."""
+        """float32 (classes,): clips to train on / (classes * clips of the class)."""
         labels = torch.tensor([segment.label for segment in self.train_set.segments])
         counts = labels.bincount(minlength=len(self.classes))
         return counts.sum() / (len(counts) * counts.float())
@@ -1039,11 +1036,11 @@ class ExerciseVideoDataModule:
 
 # ----------------------------------------------------------------------------------- demo data set
 
-# view: side, front or either. held: the joint that keeps its place. weight: what the hands hold.
-# pace: the mean time between two poses (s), or a range of phases (0 first pose, 1 second), one of
-# which is held: such a class shares its poses with a class that moves, so that only the motion
-# tells the two apart. poses: gone through in turn, then with the sides swapped.
-Exercise = namedtuple("Exercise", "view held weight pace poses")
+# front: share of takes from the front, not the side. held: the joint that keeps its place. weight:
+# what the hands hold. pace: the mean time between two poses (s), or a range of phases (0 first pose,
+# 1 second), one of which is held: such a class shares its poses with a class that moves, so that only
+# the motion tells the two apart. poses: gone through in turn, then with the sides swapped.
+Exercise = namedtuple("Exercise", "front held weight pace poses")
 # A pose holds angles in degrees: torso, head, upper arm, forearm, thigh, shin, foot (in side
 # views). The torso counts from upright (+ forward), the head from the torso's line, the limbs from
 # hanging down (90 forward, or outward in a front view; 180 up). 4/14 is near (left) / far (right).
@@ -1055,49 +1052,49 @@ PUSH_UP = """
    72   -10     0     2   -72   -72    22
    85   -20   -78    42   -85   -85    10"""
 DEMO_EXERCISES = {
-    "no_exercise": Exercise("either", "ankle", "", 1.5, """
+    "no_exercise": Exercise(0.5, "ankle", "", 1.5, """
     0     0     6     8     4     4    90
     3     6  4/14 14/60  10/0   4/2    90
    -3    -8   8/4 12/30   0/9   3/4    90
     1    12  10/6 70/10     4     4    90"""),
-    "squat": Exercise("side", "ankle", "", 0.9, SQUAT),
-    "squat_hold": Exercise("side", "ankle", "", (0.35, 1), SQUAT),
-    "push_up": Exercise("side", "hand", "", 0.9, PUSH_UP),
-    "plank": Exercise("side", "hand", "", (0, 0), PUSH_UP),
-    "lunge": Exercise("side", "toe", "", 0.9, """
+    "squat": Exercise(0, "ankle", "", 0.9, SQUAT),
+    "squat_hold": Exercise(0, "ankle", "", (0.35, 1), SQUAT),
+    "push_up": Exercise(0, "hand", "", 0.9, PUSH_UP),
+    "plank": Exercise(0, "hand", "", (0, 0), PUSH_UP),
+    "lunge": Exercise(0, "toe", "", 0.9, """
     0     0     0    40     0     0    90
     4     0   -15    75 92/-14 0/-84 90/15"""),
-    "jumping_jack": Exercise("front", "hip", "", 0.75, """
+    "jumping_jack": Exercise(1, "hip", "", 0.75, """
     0     0     8     5     3     2    90
     0     0   148   165    30    28    90"""),
-    "biceps_curl": Exercise("side", "ankle", "dumbbells", 0.9, """
+    "biceps_curl": Exercise(0, "ankle", "dumbbells", 0.9, """
     0     0    -2     4     0     0    90
    -3     0    12   150     0     0    90"""),
-    "shoulder_press": Exercise("front", "ankle", "dumbbells", 0.9, """
+    "shoulder_press": Exercise(1, "ankle", "dumbbells", 0.9, """
     0     0    42   172     9     6    90
     0     0   166   178     9     6    90"""),
-    "lateral_raise": Exercise("front", "ankle", "dumbbells", 0.9, """
+    "lateral_raise": Exercise(1, "ankle", "dumbbells", 0.9, """
     0     0     8     5     7     5    90
     0     0    92    88     7     5    90"""),
-    "deadlift": Exercise("side", "ankle", "barbell", 0.9, """
+    "deadlift": Exercise(0, "ankle", "barbell", 0.9, """
     0     0     4     6     0     0    90
    78   -30    -4     2    44   -14    90"""),
-    "sit_up": Exercise("side", "hip", "", 0.9, """
+    "sit_up": Exercise(0, "hip", "", 0.9, """
   -89    10   112   100   138    32    90
    -8     8    72    84   138    32    90"""),
-    "leg_raise": Exercise("side", "hip", "", 0.9, """
+    "leg_raise": Exercise(0, "hip", "", 0.9, """
   -90     5    84    90    89    88   165
   -90     5    84    90   172   170   250"""),
-    "glute_bridge": Exercise("side", "shoulder", "", 0.9, """
+    "glute_bridge": Exercise(0, "shoulder", "", 0.9, """
   -90     5    84    90   140    26    90
  -116    24    80    88   116    10    90"""),
-    "mountain_climber": Exercise("side", "hand", "", 0.45, """
+    "mountain_climber": Exercise(0, "hand", "", 0.45, """
    96   -20     2     0   -56   -60    28
    96   -20     2     0 60/-56 -125/-60 -85/28"""),
-    "high_knees": Exercise("side", "hip", "", 0.45, """
+    "high_knees": Exercise(0, "hip", "", 0.45, """
     0     0     0    40     0     0    90
    -4     0 -40/35 30/130 105/0 -5/0 75/90"""),
-    "side_bend": Exercise("front", "ankle", "", 0.9, """
+    "side_bend": Exercise(1, "ankle", "", 0.9, """
    33     8 132/196 168/222  14     9    90"""),
 }
 # joint, the joint it hangs on, along which bone, how far, the flesh around it; in body heights
@@ -1239,7 +1236,7 @@ def place_joints(angles, build, front, held):
 
 
 def draw_background(rng, width, height, tilt):
-    """A wall with stripes, a floor and a mat, turned by tilt (degrees): uint8 (H, W, 4), alpha 0."""
+    """A wall with stripes, a floor and a mat, turned by tilt (degrees): uint8 (H, W, 4)."""
     colours = draw_colours(rng)
     horizon = int(height * rng.uniform(0.68, 0.82))
     step = rng.integers(30, 90)
@@ -1300,7 +1297,7 @@ def render_demo_video(exercise, person, seed=0, size=(300, 400), fps=30, seconds
     # motion
     rng = np.random.default_rng([seed, person, list(DEMO_EXERCISES).index(exercise)])
     exercise = DEMO_EXERCISES[exercise]
-    front = rng.uniform() < {"side": 0, "front": 1, "either": 0.5}[exercise.view]
+    front = rng.uniform() < exercise.front
     tilt = rng.uniform(-5, 5)
     angles = move(rng, exercise, front, np.arange(round(fps * seconds)) / fps)
     joints = place_joints(angles, build, front, exercise.held)
