@@ -102,10 +102,21 @@ def add_data_flags(add):
 
 
 def add_model_flags(add):
-    add("--model", choices=MODELS, default="mobilenet_v2_3d", help="network")
-    add("--mode", choices=MODES, default="standard", help="high_temporal keeps all frames")
-    add("--width-mult", type=between(0.05, kind=float), default=1.0, help="factor on the channels")
-    add("--weights", type=str, default="auto", help="none, kinetics, auto (kinetics if any), FILE")
+    add("--model", type=str, choices=MODELS, default="mobilenet_v2_3d", help="network")
+    add(
+        "--mode",
+        type=str,
+        choices=MODES,
+        default="standard",
+        help="mobilenet_v2_3d: halve time or keep all frames",
+    )
+    add(
+        "--width-mult",
+        type=between(0.05, kind=float),
+        default=1.0,
+        help="mobilenet_v2_3d: channels",
+    )
+    add("--weights", type=str, default="auto", help="none, kinetics, a file; auto: kinetics if any")
     add("--freeze", **SWITCH, default=False, help="train the last linear layer alone")
 
 
@@ -115,21 +126,25 @@ def add_training_flags(add):
     add("--batch-size", type=COUNT, default=16, help="clips per update, over all processes")
     add("--micro-batch", type=NUMBER, default=0, help="clips at a time; 0: all, on a CPU 5 GB")
     add("--lr", type=REAL, default=0.003, help="peak learning rate of AdamW")
-    add("--backbone-lr", type=REAL, help="share of it before the last layer; None: 0.1 if trained")
+    add("--backbone-lr", type=REAL, help="factor below the last layer; None: 0.1 if trained")
     add("--weight-decay", type=REAL, default=0.02, help="on convolutions and the last layer")
     add("--warmup", type=REAL, default=3.0, help="epochs to the peak, then a cosine to 1 %% of it")
-    add("--class-weights", choices=("off", "inverse"), default="off", help="in the loss")
+    add("--class-weights", type=str, choices=("off", "inverse"), default="off", help="in the loss")
     add("--amp", **SWITCH, default=True, help="bfloat16 on GPUs that have it")
     add("--device", type=str, default="auto", help="cuda, cuda:1, mps, cpu; auto: the first there")
     add("--seed", type=int, default=0, help="of split, weights, order and augmentation")
     add("--checkpoint-dir", type=Path, default=Path("checkpoints"), help="for all that is kept")
     add("--resume", **SWITCH, default=False, help="go on with the run in --checkpoint-dir")
-    add("--evaluate", type=Path, help="no training: accuracies of this file on test, else on val")
+    add("--evaluate", type=Path, help="no training: accuracies of this file, on test or val")
 
 
 def parse_args(argv=None, saved=None):
     """The flags; those that are not given are as in `saved`, else as the help says."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=TypeHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage="python Trainer.py [--flag value] ...",
+        description=__doc__,
+        formatter_class=TypeHelpFormatter,
+    )
     add_data_flags(parser.add_argument_group("data").add_argument)
     add_model_flags(parser.add_argument_group("model").add_argument)
     add_training_flags(parser.add_argument_group("training").add_argument)
@@ -367,7 +382,7 @@ def describe(args, data, checkpoint, loader, processes):
     say(f"per epoch  {limit(loader, args)} batches of at most {args.batch_size} clips")
     n_classes = len(data.classes)
     loss = math.log(n_classes)
-    say(f"{warning(args, checkpoint)}at start   a loss of about ln({n_classes}) = {loss:.3f}")
+    say(f"{warning(args, checkpoint)}untrained  a loss of about ln({n_classes}) = {loss:.3f}")
 
 
 # ----------------------------------------------------------------------------------------- update

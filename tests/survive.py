@@ -1,9 +1,10 @@
-"""Kill a training run twenty times, among them while it saves, and go on each time. Run by hand; about 5 minutes.
+"""Kill a training twenty times, also while it saves, and go on each time. By hand, 5 minutes.
 
     python tests/survive.py
 
-The weights at the end are compared, bit for bit, with those of the same run left alone. Every other kill waits until
-a checkpoint is being written (a .part file is there), the rest come at random times.
+The weights at the end are compared, bit for bit, with those of the same run left alone. Every
+other kill waits until a checkpoint is being written (a .part file is there), the rest come at
+random times.
 """
 
 import random
@@ -17,49 +18,75 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from Dataset import open_writer, render_demo_video
+from Dataset import render_demo_video, write_video
 
 ROOT = Path(__file__).resolve().parent.parent
-KILLS, EPOCHS = 20, 150
+KILLS = 20
+EPOCHS = 150
 
 
-def train(folder, name):
-    flags = "--data videos --size 48x64 --batch-size 6 --workers 0 --cache-gb 1 --warmup 5 --resume --epochs"
-    command = [sys.executable, str(ROOT / "Trainer.py"), *flags.split(), str(EPOCHS), "--checkpoint-dir", name]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=open(folder / "errors", "wb"))
+def write_videos(folder):
+    """Three classes with five people each."""
+    for exercise in ("squat", "plank", "jumping_jack"):
+        (folder / exercise).mkdir(parents=True)
+        for person in range(5):
+            frames, _ = render_demo_video(exercise, person, size=(60, 80), seconds=2.5)
+            write_video(folder / exercise / f"{person}.mp4", frames, 30)
+
+
+def start(folder, name):
+    """The run that saves in folder/name, or goes on with what is there."""
+    flags = "--data videos --size 48x64 --batch-size 6 --workers 0 --cache-gb 1 --warmup 5 --resume"
+    flags = [*flags.split(), "--epochs", str(EPOCHS), "--checkpoint-dir", name]
+    command = [sys.executable, str(ROOT / "Trainer.py"), *flags]
+    errors = open(folder / "errors", "wb")
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=errors)
+
+
+def is_saving(folder):
+    return bool(list(folder.glob("*.part*")))
+
+
+def kill(run, folder, earliest, while_saving):
+    """Kill the run after the time `earliest`, if asked for while it saves; whether it did."""
+    while run.poll() is None:
+        if time.time() > earliest and (is_saving(folder) or not while_saving):
+            break
+        time.sleep(0.0005)
+    assert run.poll() is None, f"ended before the kill: see {folder.parent}/errors"
+    run.kill()
+    run.wait()
+    return is_saving(folder)
+
+
+def epochs_kept(folder):
+    last = folder / "last.pt"
+    return torch.load(last, weights_only=True)["epoch"] if last.exists() else 0
 
 
 def main():
-    rng, folder = random.Random(0), Path(tempfile.mkdtemp())
-    for exercise in ("squat", "plank", "jumping_jack"):
-        for person in range(5):
-            path = folder / "videos" / exercise / f"{person}.mp4"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            writer = open_writer(path, "mp4v", 30, (60, 80))
-            for frame in render_demo_video(exercise, person, size=(60, 80), seconds=2.5)[0]:
-                writer.write(frame)
-            writer.release()
-    assert train(folder, "whole").wait() == 0
+    rng = random.Random(0)
+    folder = Path(tempfile.mkdtemp())
+    write_videos(folder / "videos")
+    assert start(folder, "whole").wait() == 0
+
     saving = 0
-    for kill in range(KILLS):
-        run, wait = train(folder, "parts"), time.time() + rng.uniform(4, 9)
-        while run.poll() is None and (time.time() < wait or (kill % 2 and not list(folder.glob("parts/*.part")))):
-            time.sleep(0.0005)
-        assert run.poll() is None, f"ended before the kill: see {folder}/errors"
-        run.kill()
-        run.wait()
-        caught = bool(list(folder.glob("parts/*.part")))
-        saving += caught
-        last = folder / "parts" / "last.pt"
-        epoch = torch.load(last, weights_only=True)["epoch"] if last.exists() else 0
-        print(f"kill {kill + 1}: {epoch} epochs are kept{', killed while saving' * caught}", flush=True)
-    run = train(folder, "parts")
-    assert run.wait() == 0, f"see {folder}/errors"
+    for k in range(KILLS):
+        run = start(folder, "parts")
+        earliest = time.time() + rng.uniform(4, 9)
+        was_saving = kill(run, folder / "parts", earliest, while_saving=k % 2 == 1)
+        saving += was_saving
+        note = ", killed while saving" if was_saving else ""
+        print(f"kill {k + 1}: {epochs_kept(folder / 'parts')} epochs are kept{note}", flush=True)
+    assert start(folder, "parts").wait() == 0, f"see {folder}/errors"
+
     for name in ("last.pt", "mobilenet_v2_3d.pt"):
-        whole, parts = (torch.load(folder / run / name, weights_only=True) for run in ("whole", "parts"))
+        whole = torch.load(folder / "whole" / name, weights_only=True)
+        parts = torch.load(folder / "parts" / name, weights_only=True)
         equal = all(torch.equal(v, parts["model"][k]) for k, v in whole["model"].items())
-        print(f"{name}: {len(whole['model'])} tensors, {'equal to the last bit' if equal else 'NOT EQUAL'}")
-    print(f"{KILLS} kills, {saving} of them while saving; the runs have {whole['args']['epochs']} epochs")
+        verdict = "equal to the last bit" if equal else "NOT EQUAL"
+        print(f"{name}: {len(whole['model'])} tensors, {verdict}")
+    print(f"{KILLS} kills, {saving} of them while saving; the runs have {EPOCHS} epochs")
 
 
 if __name__ == "__main__":
