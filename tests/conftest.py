@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import Dataset
 from SparseModel import MODELS, build_model, new_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,16 +18,9 @@ torch.set_num_threads(2)
 
 
 def write_video(path, frames, fps=30, fourcc="mp4v"):
-    """frames: uint8 (T, H, W, 3) in BGR; folders on the way are made."""
-    import cv2
-
+    """Dataset.write_video that makes the folders on the way; frames: uint8 (T, H, W, 3) in BGR."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    size = frames[0].shape[1::-1]
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*fourcc), fps, size)
-    assert writer.isOpened()
-    for frame in frames:
-        writer.write(frame)
-    writer.release()
+    Dataset.write_video(path, frames, fps, fourcc)
 
 
 def run(script, *arguments, cwd=ROOT, **environment):
