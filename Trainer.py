@@ -68,6 +68,9 @@ OF_RUN = [*OF_NETWORK, "size", "clip_len", "clip_fps", "batch_size", "seed"]
 # Flags that a checkpoint does not remember: they are of the machine, or of one start
 OF_START = ["debug", "resume", "evaluate", "device", "checkpoint_dir", "workers", "cache_gb"]
 
+# Flags that the data module takes under the same names
+DATA_FLAGS = "data batch_size workers cache_gb debug seed background_ratio".split()
+
 # Types
 COUNT = between(1)
 NUMBER = between(0)
@@ -130,7 +133,7 @@ def add_training_flags(add):
     add("--weight-decay", type=REAL, default=0.02, help="on convolutions and the last layer")
     add("--warmup", type=REAL, default=3.0, help="epochs to the peak, then a cosine to 1 %% of it")
     add("--class-weights", type=str, choices=("off", "inverse"), default="off", help="in the loss")
-    add("--amp", **SWITCH, default=True, help="bfloat16 on GPUs that have it")
+    add("--amp", **SWITCH, default=True, help="bfloat16 on CUDA")
     add("--device", type=str, default="auto", help="cuda, cuda:1, mps, cpu; auto: the first there")
     add("--seed", type=int, default=0, help="of split, weights, order and augmentation")
     add("--checkpoint-dir", type=Path, default=Path("checkpoints"), help="for all that is kept")
@@ -298,15 +301,11 @@ def pick_micro_batch(args, model, processes):
 
 def find_data(args, processes):
     """The data module: first by process 0, which draws the demo and remembers checked videos."""
+    fields = {name: getattr(args, name) for name in DATA_FLAGS}
+    clip = ClipFormat(args.size, args.clip_len, args.clip_fps)
     data = ExerciseVideoDataModule(
-        data=args.data,
-        clip=ClipFormat(args.size, args.clip_len, args.clip_fps),
-        batch_size=args.batch_size,
-        workers=args.workers,
-        cache_gb=args.cache_gb,
-        debug=args.debug,
-        seed=args.seed,
-        background_ratio=args.background_ratio,
+        **fields,
+        clip=clip,
         rank=processes.rank,
         world=processes.world,
         pin_memory=processes.device.type == "cuda",
@@ -365,7 +364,7 @@ def warning(args, checkpoint):
     )
 
 
-def describe(args, data, checkpoint, loader, processes):
+def describe(args, data, checkpoint, processes):
     """Print what is trained, on what."""
     say = processes.say
     say("\n".join(data.notes))
@@ -379,7 +378,6 @@ def describe(args, data, checkpoint, loader, processes):
     say(f"clips      {args.clip_len} frames, {args.clip_fps:g} per second, {args.size} (W, H)")
     say(f"network    {args.model}, weights: {checkpoint['weights']}")
     say(f"device     {processes.world} x {processes.device}, {args.micro_batch} clips at a time")
-    say(f"per epoch  {limit(loader, args)} batches of at most {args.batch_size} clips")
     n_classes = len(data.classes)
     loss = math.log(n_classes)
     say(f"{warning(args, checkpoint)}untrained  a loss of about ln({n_classes}) = {loss:.3f}")
@@ -440,8 +438,7 @@ def progress(loader, title, args, processes):
 def compute(model, clips, amp):
     """uint8 clips (B, T, C, H, W) -> float32 logits (B, classes) on the network's device."""
     clips = model.prepare(clips)
-    amp = amp and clips.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    with torch.autocast("cuda", torch.bfloat16, enabled=amp):
+    with torch.autocast("cuda", torch.bfloat16, enabled=amp and clips.is_cuda):
         return model(clips).float()
 
 
@@ -566,13 +563,18 @@ def accuracies(logits, labels, videos, centred):
     hits = scores.topk(min(5, n_classes)).indices == truth[:, None]
     confusion = torch.bincount(truth * n_classes + scores.argmax(1), minlength=n_classes**2)
     confusion = confusion.view(n_classes, n_classes)
-    recall = confusion.diag() / confusion.sum(1)
+    recall = confusion.diag() / confusion.sum(1)  # without videos: 0 / 0
+    top1 = hits[:, 0].float()
+    top5 = hits.any(1).float()
+    logits = logits[centred]
+    labels = labels[centred]
+    clip_top1 = (logits.argmax(1) == labels).float()
     figures = {
-        "val_loss": F.cross_entropy(logits[centred], labels[centred]),
-        "val_clip_top1": (logits.argmax(1) == labels)[centred].float().mean(),
-        "val_video_top1": hits[:, 0].float().mean(),
-        "val_video_top5": hits.any(1).float().mean(),
-        "val_video_mean_class": recall.nanmean(),  # without videos 0 / 0
+        "val_loss": F.cross_entropy(logits, labels),
+        "val_clip_top1": clip_top1.mean(),
+        "val_video_top1": top1.mean(),
+        "val_video_top5": top5.mean(),
+        "val_video_mean_class": recall.nanmean(),
     }
     return {name: value.item() for name, value in figures.items()}, confusion
 
@@ -662,7 +664,9 @@ def confusion_picture(confusion, classes):
 
     # cells
     for (i, j), count in np.ndenumerate(confusion):
-        cell = picture[margin + CELL * i :, margin + CELL * j :][: CELL - 1, : CELL - 1]
+        top = margin + CELL * i
+        left = margin + CELL * j
+        cell = picture[top : top + CELL - 1, left : left + CELL - 1]
         ink = RIGHT if i == j else WRONG
         cell[:] = 245 - ink * count / max(1, confusion[i].sum())
         if count:
@@ -714,7 +718,7 @@ def main(argv=None):
     model.features.requires_grad_(not args.freeze)
     criterion = start_criterion(args, data, processes.device)
     optimizer = start_optimizer(model, args, checkpoint)
-    describe(args, data, checkpoint, train_loader, processes)
+    describe(args, data, checkpoint, processes)
 
     for epoch in range(checkpoint["epoch"], args.epochs):
         started = time.time()
