@@ -37,6 +37,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import center_crop, crop
+from torchvision.transforms.v2.functional import resize as v2_resize
 from tqdm import tqdm
 
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
@@ -346,9 +348,9 @@ def middle(height, width, size, margin=1.25):
 
 def resize(frames, geometry):
     """uint8 (T, C, *source), or their central (T, C, *crop) -> (T, C, *kept)."""
-    frames = v2.functional.center_crop(frames, geometry.crop)
-    frames = v2.functional.resize(frames, geometry.scaled, antialias=True)
-    return v2.functional.center_crop(frames, geometry.kept)
+    frames = center_crop(frames, geometry.crop)
+    frames = v2_resize(frames, geometry.scaled, antialias=True)
+    return center_crop(frames, geometry.kept)
 
 
 # ----------------------------------------------------------------------------------- augmentation
@@ -375,8 +377,8 @@ class TrainTransform:
         # people are not squeezed
         whole = W * H / math.prod(frames.shape[-2:])
         aspects = (0.9 * W / H, 1.1 * W / H)
-        crop = v2.RandomResizedCrop((H, W), scale=(0.6 * whole, whole), ratio=aspects)
-        boxes = v2.functional.crop(frames, **crop.make_params([frames]))
+        zoom = v2.RandomResizedCrop((H, W), scale=(0.6 * whole, whole), ratio=aspects)
+        boxes = crop(frames, **zoom.make_params([frames]))
         h, w = boxes.shape[-2:]
         mirror = -1 if torch.rand(1) < 0.5 else 1
         angle = self.rotation.make_params([frames])["angle"]
@@ -561,7 +563,7 @@ class ExerciseVideoDataset(Dataset):
         self.saved += 1
         self._save_debug_video(frames, f"{stem}_orig.mp4")
         self._save_debug_video(clip, f"{stem}_aug.mp4")
-        below = v2.functional.center_crop(clip, frames.shape[-2:])
+        below = center_crop(clip, frames.shape[-2:])
         columns = torch.cat([frames, below], dim=2)[::2]  # (T/2, C, 2 h, w)
         sheet = columns.permute(2, 0, 3, 1).flatten(1, 2).numpy()  # (2 h, T/2 w, C)
         height = len(sheet) * 1600 // sheet.shape[1]
@@ -864,19 +866,6 @@ def find_classes(videos, names):
     return list(dict.fromkeys(names[label] for label in names if label in found))
 
 
-def thin_background(segments, label, ratio, seed, notes):
-    """The segments, but of those with the label of no exercise a share, drawn by the seed."""
-    kept = [segment for segment in segments if segment.label != label]
-    for part in PARTS:
-        others = [s for s in segments if s.part == part and s.label == label]
-        if others:
-            n = max(1, round(ratio * len(others)))
-            count = [segment.part for segment in kept].count(part)
-            kept += random.Random(f"{seed} {part}").sample(others, n)
-            notes.append(f"{part}: {count} windows of exercises, {n} of {len(others)} of none kept")
-    return kept
-
-
 # ------------------------------------------------------------------------------------ data module
 
 
@@ -934,8 +923,7 @@ class ExerciseVideoDataModule:
         for video in readable:
             segments += self.cut(video, probes[video.path], names)
         if NO_EXERCISE in names:
-            label = self.classes.index(names[NO_EXERCISE])
-            segments = thin_background(segments, label, self.background_ratio, self.seed, notes)
+            segments = self.thin_background(segments, self.classes.index(names[NO_EXERCISE]))
         self.refuse_gaps(videos, segments, bad)
         self.note_orientation(segments)
 
@@ -969,6 +957,20 @@ class ExerciseVideoDataModule:
             label = self.classes.index(name)
             segments.append(Segment(video.path, label, start, end, geometry, video.part))
         return segments
+
+    def thin_background(self, segments, label):
+        """The segments, but of those with the label of no exercise a share, drawn by the seed."""
+        kept = [segment for segment in segments if segment.label != label]
+        for part in PARTS:
+            background = [s for s in segments if s.part == part and s.label == label]
+            if background:
+                n = max(1, round(self.background_ratio * len(background)))
+                count = [segment.part for segment in kept].count(part)
+                kept += random.Random(f"{self.seed} {part}").sample(background, n)
+                self.notes.append(
+                    f"{part}: {count} windows of exercises, {n} of {len(background)} of none kept"
+                )
+        return kept
 
     def refuse_gaps(self, videos, segments, bad):
         """UserError if a class has no clip to train on, or a part has none that should."""
@@ -1036,10 +1038,16 @@ class ExerciseVideoDataModule:
 
 # ----------------------------------------------------------------------------------- demo data set
 
+
+def words(table):
+    """Lists of the words of each line."""
+    return [line.split() for line in table.strip().splitlines()]
+
+
 # front: share of takes from the front, not the side. held: the joint that keeps its place. weight:
-# what the hands hold. pace: the mean time between two poses (s), or a range of phases (0 first pose,
-# 1 second), one of which is held: such a class shares its poses with a class that moves, so that only
-# the motion tells the two apart. poses: gone through in turn, then with the sides swapped.
+# what the hands hold. pace: the mean time between two poses (s), or a range of phases (0 first
+# pose, 1 second), one of which is held: such a class shares its poses with a class that moves, so
+# that only the motion tells the two apart. poses: gone through in turn, then with the sides swapped
 Exercise = namedtuple("Exercise", "front held weight pace poses")
 # A pose holds angles in degrees: torso, head, upper arm, forearm, thigh, shin, foot (in side
 # views). The torso counts from upright (+ forward), the head from the torso's line, the limbs from
@@ -1098,7 +1106,7 @@ DEMO_EXERCISES = {
    33     8 132/196 168/222  14     9    90"""),
 }
 # joint, the joint it hangs on, along which bone, how far, the flesh around it; in body heights
-SKELETON = """
+SKELETON = words("""
 pelvis    pelvis    spine      0       0
 neck      pelvis    spine      0.29    0
 head      neck      crown      0.12    0.06
@@ -1112,9 +1120,9 @@ hip       pelvis    across     0.055   0.065
 knee      hip       thigh      0.245   0.04
 ankle     knee      shin       0.2352  0.03
 toe       ankle     foot       0.1     0.03
-"""
+""")
 # part, stroke from joint to joint, its width in body heights, colour
-BODY = """
+BODY = words("""
 arm        elbow     hand      0.05   skin
 arm        hand      hand      0.065  skin
 arm        shoulder  elbow     0.07   sleeves
@@ -1131,9 +1139,9 @@ dumbbells  bar       bar       0.08   iron
 dumbbells  bar_end   bar_end   0.08   iron
 barbell    hand      hand      0.19   iron
 barbell    hand      hand      0.05   hub
-"""
+""")
 # hue (degrees), saturation and value: the lowest, then the highest
-COLOURS = """
+COLOURS = words("""
 skin       12  0.3   0.5     28  0.55  1
 hair       10  0.1   0.05    40  0.7   0.35
 hub         0  0     0.8      0  0     0.8
@@ -1146,21 +1154,16 @@ shoes       0  0     0.1    360  0.8   1
 wall        0  0.03  0.4    360  0.3   0.85
 floor       0  0.05  0.3    360  0.3   0.8
 mat         0  0.1   0.4    360  0.4   0.8
-"""
+""")
 # fmt: on
 NEAR = 0
 FAR = 1
 
 
-def words(table):
-    """Lists of the words of each line."""
-    return [line.split() for line in table.strip().splitlines()]
-
-
 def draw_colours(rng):
     """{name: BGR, float64 (3,)}, drawn from COLOURS."""
-    names = [name for name, *_ in words(COLOURS)]
-    limits = np.array([numbers for _, *numbers in words(COLOURS)], float)
+    names = [name for name, *_ in COLOURS]
+    limits = np.array([numbers for _, *numbers in COLOURS], float)
     hsv = rng.uniform(limits[:, :3], limits[:, 3:])[None].astype(np.float32)
     bgr = 255 * cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)[0].astype(float)
     return dict(zip(names, bgr, strict=True))
@@ -1219,7 +1222,7 @@ def place_joints(angles, build, front, held):
     }
     joints = {"pelvis": 0 * torso}
     flesh = {}
-    for joint, parent, bone, length, around in words(SKELETON):
+    for joint, parent, bone, length, around in SKELETON:
         joints[joint] = joints[parent] + float(length) * bones[bone]
         flesh[joint] = float(around)
 
@@ -1245,8 +1248,7 @@ def draw_background(rng, width, height, tilt):
     for x in range(rng.integers(step), width, step):
         image[top:bottom, x : x + step // 2] = rng.uniform(0.75, 1.25) * colours["wall"]
     image[horizon:] = colours["floor"]
-    side = width // 10
-    image[horizon + rng.integers(10, 90) : -20, side:-side] = colours["mat"]
+    image[horizon + rng.integers(10, 90) : -20, width // 10 : -width // 10] = colours["mat"]
 
     # clouds, light, tilt
     clouds = rng.normal(0, rng.uniform(2, 6), (height // 10, width // 10))
@@ -1271,7 +1273,7 @@ def draw_figure(canvas, joints, scale, colours, front, weight):
     else:
         parts = [(arm, [FAR]), *body, (arm, [NEAR])]
     for part, sides in parts:
-        strokes = [stroke for stroke in words(BODY) if stroke[0] in part.split()]
+        strokes = [stroke for stroke in BODY if stroke[0] in part.split()]
         shade = 1 if front or NEAR in sides else 0.75  # the far side is darker
         # the outline goes first
         for edge, light, line_type in ((3, 0.55, cv2.LINE_AA), (0, shade, cv2.LINE_8)):
@@ -1319,7 +1321,7 @@ def render_demo_video(exercise, person, seed=0, size=(300, 400), fps=30, seconds
     background = draw_background(rng, width, height, tilt)
     noise = rng.integers(0, 12, (height, width, 3), np.uint8)
     shifts = rng.integers(height, size=len(points))
-    names = [name for name, *_ in words(SKELETON)]
+    names = [name for name, *_ in SKELETON]
     frames = []
     masks = []
     for places, shift in zip(points, shifts, strict=True):
