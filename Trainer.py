@@ -378,6 +378,8 @@ def describe(args, data, checkpoint, processes):
     say(f"clips      {args.clip_len} frames, {args.clip_fps:g} per second, {args.size} (W, H)")
     say(f"network    {args.model}, weights: {checkpoint['weights']}")
     say(f"device     {processes.world} x {processes.device}, {args.micro_batch} clips at a time")
+    if checkpoint["epoch"] == 0 and source(args).exists():
+        say(f"replaces   the run in {args.checkpoint_dir} (--resume would go on with it)")
     n_classes = len(data.classes)
     loss = math.log(n_classes)
     say(f"{warning(args, checkpoint)}untrained  a loss of about ln({n_classes}) = {loss:.3f}")
@@ -406,6 +408,8 @@ def start_optimizer(model, args, checkpoint):
         groups.append({"params": kernels, "factor": factor, "weight_decay": args.weight_decay})
         groups.append({"params": others, "factor": factor, "weight_decay": 0.0})
     optimizer = torch.optim.AdamW(groups, lr=args.lr)
+    if checkpoint["args"].get("optimizer") == "sgd":  # a flag of older versions
+        raise UserError(f"{source(args)} was trained with SGD, which is gone: start anew")
     if "optimizer" in checkpoint:
         optimizer.load_state_dict(checkpoint.pop("optimizer"))
     return optimizer

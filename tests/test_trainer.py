@@ -125,7 +125,7 @@ def test_a_trained_backbone_learns_slower_than_the_new_head_and_norms_do_not_dec
     args = Trainer.parse_args(["--lr", "1", "--weight-decay", "0.5"])
 
     def rate(parameter, weights):
-        optimizer = Trainer.start_optimizer(model, args, {"weights": weights})
+        optimizer = Trainer.start_optimizer(model, args, {"weights": weights, "args": {}})
         groups = [g for g in optimizer.param_groups if any(p is parameter for p in g["params"])]
         assert len(groups) == 1
         return groups[0]["factor"], groups[0]["weight_decay"]
@@ -428,7 +428,7 @@ def test_a_resumed_run_keeps_what_it_was_begun_with_and_says_so(folder, tmp_path
     train(*begun, "--epochs", "1", "--width-mult", "0.5")
     capsys.readouterr()
     other = ["--model", "pretrained_resnet", "--size", "64x64", "--batch-size", "2", "--seed", "5"]
-    train("--resume", "--checkpoint-dir", out, *other, "--epochs", "2", "--device", "cpu")
+    train("--resume", "--checkpoint-dir", out, *other, "--epochs", "2", "--workers", "0")
     said = capsys.readouterr().out
     for text in ("last.pt, epoch 1:", "mobilenet_v2_3d", "(32, 48)", "batch_size': 4", "seed': 0"):
         assert text in said
@@ -442,10 +442,25 @@ def test_a_resumed_run_keeps_what_it_was_begun_with_and_says_so(folder, tmp_path
     assert checkpoint["epoch"] == 2  # given anew
 
 
+def test_a_new_run_says_that_it_replaces_another_and_a_run_with_sgd_cannot_go_on(
+    folder, tmp_path, capsys
+):
+    flags = [*TINY, "--data", folder, "--epochs", "1", "--checkpoint-dir", tmp_path]
+    train(*flags)
+    assert "replaces" not in capsys.readouterr().out
+    train(*flags)
+    assert f"replaces   the run in {tmp_path} (--resume" in capsys.readouterr().out
+    checkpoint = load(tmp_path / "last.pt")
+    checkpoint["args"]["optimizer"] = "sgd"
+    torch.save(checkpoint, tmp_path / "last.pt")
+    with pytest.raises(UserError, match="last.pt was trained with SGD"):
+        train("--resume", "--checkpoint-dir", tmp_path, "--epochs", "2", "--workers", "0")
+
+
 def test_a_resume_with_other_videos_or_classes_is_refused(folder, tmp_path):
     flags = [*TINY, "--data", folder, "--checkpoint-dir", tmp_path]
     train(*flags, "--epochs", "1")
-    again = ["--resume", "--checkpoint-dir", tmp_path, "--epochs", "2"]
+    again = ["--resume", "--checkpoint-dir", tmp_path, "--epochs", "2", "--workers", "0"]
     videos = shutil.copytree(folder, tmp_path / "videos")
     (videos / "squat" / "0.mp4").rename(videos / "squat" / "9.mp4")
     with pytest.raises(UserError, match="does not have the training videos"):
