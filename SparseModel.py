@@ -77,15 +77,10 @@ class InvertedResidual3d(nn.Module):
         super().__init__()
         hidden = c_in * expansion
         self.use_res_connect = stride == (1, 1, 1) and c_in == c_out
-        layers = []
-        if expansion != 1:
-            layers.append(ConvBNReLU6(c_in, hidden))
-        self.conv = nn.Sequential(
-            *layers,
-            ConvBNReLU6(hidden, hidden, kernel=3, stride=stride, groups=hidden),
-            FastConv3d(hidden, c_out, 1, bias=False),
-            nn.BatchNorm3d(c_out),
-        )
+        expand = [ConvBNReLU6(c_in, hidden)] if expansion != 1 else []
+        depthwise = ConvBNReLU6(hidden, hidden, kernel=3, stride=stride, groups=hidden)
+        project = FastConv3d(hidden, c_out, 1, bias=False)
+        self.conv = nn.Sequential(*expand, depthwise, project, nn.BatchNorm3d(c_out))
 
     def forward(self, x):
         if self.use_res_connect:
@@ -132,8 +127,7 @@ class VideoClassifier(nn.Module):
     def forward(self, clips):
         """Clips (B, 3, T, H, W) float, normalised, T >= 1, H and W >= 32 -> logits."""
         if clips.ndim != 5 or clips.shape[1] != 3:
-            shape = tuple(clips.shape)
-            raise ValueError(f"the network takes clips of shape (B, 3, T, H, W), not {shape}")
+            raise ValueError(f"clips must have the shape (B, 3, T, H, W), not {tuple(clips.shape)}")
         # Depthwise 3D convolutions on the CPU are 2 to 5 times faster with the channels innermost.
         clips = clips.contiguous(memory_format=torch.channels_last_3d)
         return self.head(self.features(clips))
@@ -147,11 +141,10 @@ class SparseModel(VideoClassifier):
         width_mult: factor on all channel counts, > 0, rounded to multiples of 8.
         mode: "standard" halves time together with space (16 frames in, 1 frame of features out);
             "high_temporal" halves space only (16 out), with the same layers and parameters.
-        dropout: probability in front of the linear layer.
     Raises ValueError for an unknown mode or a width that is not positive.
     """
 
-    def __init__(self, num_classes=17, width_mult=1.0, mode="standard", dropout=0.2):
+    def __init__(self, num_classes=17, width_mult=1.0, mode="standard"):
         if mode not in MODES:
             raise ValueError(f"unknown mode {mode!r}: choose {' or '.join(MODES)}")
         if not 0 < width_mult < math.inf:
@@ -172,9 +165,9 @@ class SparseModel(VideoClassifier):
         last = scale_channels(1280, max(1.0, width_mult))
         stages.append(ConvBNReLU6(channels, last))
 
-        super().__init__(nn.Sequential(*stages), last, num_classes, dropout)
+        super().__init__(nn.Sequential(*stages), last, num_classes)
         self.init_convolutions()
-        # measured, as that of VideoClassifier
+        # measured, as that of VideoClassifier; a narrow network needs more than its share
         full_width = 2800 if mode == "high_temporal" else 1700
         self.step_bytes = full_width * max(0.5, width_mult)
 
@@ -346,24 +339,23 @@ def new_checkpoint(model, classes, size, clip_len, clip_fps):
         confusion: int64 (true, predicted), counts of the videos in the best epoch
         optimizer, scaler: state dicts, in last.pt alone
     """
-    return {
+    network = {
         "format": FORMAT,
         "model_name": model.name,
         "model_args": model.args,
+        "model": model.state_dict(),
         "weights": "none",
+    }
+    clips = {
         "classes": list(classes),
         "size": list(size),
         "clip_len": clip_len,
         "clip_fps": clip_fps,
         "mean": list(model.mean),
         "std": list(model.std),
-        "epoch": 0,
-        "history": [],
-        "best": [-1.0, 0.0],
-        "split": {},
-        "args": {},
-        "model": model.state_dict(),
     }
+    progress = {"epoch": 0, "history": [], "best": [-1.0, 0.0]}
+    return network | clips | progress | {"split": {}, "args": {}}
 
 
 def load_checkpoint(path):
@@ -491,7 +483,7 @@ class DepthwiseConv3d(torch.autograd.Function):
             wanted[0] = False
             grad_x = torch.conv3d(grad, weight.flip(2, 3, 4), None, 1, 1, 1, len(weight))
         else:
-            grad_x = torch.zeros_like(x)
+            grad_x = torch.empty_like(x)
         # stride, padding, dilation, transposed, output padding, groups
         settings = stride, [1, 1], [1, 1], False, [0, 0], len(weight)
         # The frames of one clip are a view. Small maps are copied together: many calls would cost
@@ -503,19 +495,21 @@ class DepthwiseConv3d(torch.autograd.Function):
                 inputs = x[i : i + n, :, first::step]
                 outputs = grad[i : i + n, :, reached:]
                 t = min(inputs.shape[2], outputs.shape[2])
+                pairs = stack_frames(outputs[:, :, :t]), stack_frames(inputs[:, :, :t])
                 frames_grad, tap_grad, _ = torch.ops.aten.convolution_backward(
-                    stack_frames(outputs[:, :, :t]),
-                    stack_frames(inputs[:, :, :t]),
-                    weight[:, :, tap],
-                    None,
-                    *settings,
-                    wanted,
+                    *pairs, weight[:, :, tap], None, *settings, wanted
                 )
                 if tap_grad is not None:
                     grad_weight[:, :, tap] += tap_grad
                 if frames_grad is not None:
                     place = grad_x[i : i + n, :, first::step][:, :, :t]
-                    place += frames_grad.unflatten(0, (len(inputs), t)).transpose(1, 2)
+                    frames_grad = frames_grad.unflatten(0, (len(inputs), t)).transpose(1, 2)
+                    # Tap 1 is the first at each frame; with stride 2 only at the even ones, and
+                    # tap 2 is the first at the odd ones.
+                    if tap in (1, step):
+                        place.copy_(frames_grad)
+                    else:
+                        place.add_(frames_grad)
         return grad_x, grad_weight, None
 
 
