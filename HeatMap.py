@@ -1,25 +1,33 @@
-"""See where and when the network looked: class activation maps over a whole video, and a check whether to believe them.
+"""Where and when a network looked: class activation maps of videos, and whether to believe them.
 
-    python HeatMap.py --video clip.mp4 --method hirescam                       # clip_hirescam.webm and .png
-    python HeatMap.py --video clip.mp4 --method gradcam,hirescam --layer all   # every stage, both methods
-    python HeatMap.py --video my_videos/val --output results --check           # one result each, with verdicts
+    python HeatMap.py --video clip.mp4                                          # clip_hirescam.webm
+    python HeatMap.py --video clip.mp4 --method gradcam,hirescam --layer all    # every stage, both
+    python HeatMap.py --video my_videos/val --output results --check            # with verdicts
 
-Method. Windows of the checkpoint's clip length and rate slide over the video. y is the logit of the class, A_c (T', H',
-W') a channel of the output of a stage. Grad-CAM (Selvaraju et al., 2017, arXiv:1610.02391) is sum_c mean(dy/dA_c) A_c,
-HiResCAM (Draelos and Carin, 2020, arXiv:2011.08891) sum_c dy/dA_c * A_c, element by element. After global pooling and
-one linear layer the gradient at the last stage is the same at every place, so there the two are equal by algebra; they
-differ at earlier stages: try features.4 (pretrained_resnet: features.layer3). What is drawn is the positive part.
+Method. Windows of the checkpoint's clip length and rate slide over the video. y is the logit of the
+class, A_c (T', H', W') a channel of the output of a stage. Grad-CAM (Selvaraju et al., 2017,
+arXiv:1610.02391) is sum_c mean(dy/dA_c) A_c, HiResCAM (Draelos and Carin, 2020, arXiv:2011.08891)
+sum_c dy/dA_c * A_c, element by element. After global pooling and one linear layer the gradient at
+the last stage is the same at every place, so there the two are equal by algebra; they differ at
+earlier stages: try features.4 (pretrained_resnet: features.layer3). What is drawn is the positive
+part.
+
+--npy writes <output>.npz, all float32: times (N,) in seconds, and for each map, by its name, the
+signed un-normalised values (N, H', W') at the stage's own resolution, means of the windows; stages
+of more than 64 cells per side are averaged down.
 
 --check asks two questions about at most four windows of the video, spread evenly:
-1. Deletion and insertion (Petsiuk et al., 2018, arXiv:1806.07421): p is the class probability after the hottest 5, 10,
-   20, 40 % of the clip's T x H x W values were replaced by a blurred clip (mean over time, bilinear between 4 x 4
-   fields), or after all others were. Good maps have a lower p (deletion) and a higher p (insertion), as means over the
-   shares, than random regions of the same size and smoothness: noise with the map's own power spectrum, four draws.
-2. Re-initialisation (Adebayo et al., 2018, arXiv:1810.03292): Pearson correlation of the positive parts of the map and
-   of the map of the same network whose layers are new from the top: classifier; upper third of the stages as well; two
-   thirds; all; four draws each. Near 0, the map shows what was learned; near 1, it shows the pictures' own edges.
-Limits: a blurred clip is no natural one, and classes of stillness gain by blurring; a map that passes shows what raised
-this network's score, not what a coach would look at.
+1. Deletion and insertion (Petsiuk et al., 2018, arXiv:1806.07421): p is the class probability after
+   the hottest 5, 10, 20, 40 % of the clip's T x H x W values were replaced by a blurred clip (mean
+   over time, bilinear between 4 x 4 fields), or after all others were. Good maps have a lower p
+   (deletion) and a higher p (insertion), as means over the shares, than random regions of the same
+   size and smoothness: noise with the map's own power spectrum, four draws.
+2. Re-initialisation (Adebayo et al., 2018, arXiv:1810.03292): Pearson correlation of the positive
+   parts of the map and of the map of the same network whose layers are new from the top:
+   classifier; upper third of the stages as well; two thirds; all; four draws each. Near 0, the map
+   shows what was learned; near 1, it shows the pictures' own edges.
+Limits: a blurred clip is no natural one, and classes of stillness gain by blurring; a map that
+passes shows what raised this network's score, not what a coach would look at.
 """
 
 import argparse
@@ -67,9 +75,8 @@ ALPHA = 0.6  # opacity of the heat
 TOP_K = 3  # most probable classes that are named
 FONT = cv2.FontFace("sans")
 WHITE = (255, 255, 255)  # BGR, as all pictures here
-DARK = (24, 24, 24)
-AMBER = (70, 200, 255)
 BROWN = (35, 100, 130)
+DARK = 24
 
 
 # ------------------------------------------------------------------------------------- explanation
@@ -85,9 +92,9 @@ probable one of each video. stride: frames of the time grid from window to windo
 Explanation = namedtuple("Explanation", "shape target maps times moments scores")
 Explanation.__doc__ = """What the network found in a video of N frames on the time grid, M windows.
 
-shape: (h, w) of the frames in the file. target: index of the class. maps: {(layer, method): float32 (N, H', W'), signed and un-normalised}.
-times: float32 (N,) of these frames in seconds. moments: (M,) the middle of each window in seconds.
-scores: float32 (M, num_classes) its probabilities.
+shape: (h, w) of the frames in the file. target: index of the class. maps: {(layer, method): float32
+(N, H', W'), signed and un-normalised}. times: float32 (N,) of these frames in seconds. moments:
+(M,) the middle of each window in seconds. scores: float32 (M, num_classes) its probabilities.
 """
 
 
@@ -166,37 +173,35 @@ def ahead(items, n=2):
             yield item
 
 
-Window = namedtuple("Window", "stop frames")
-Window.__doc__ = "uint8 (T, C, H, W) and the number of the frame after its last on the time grid."
-
-
 def read_windows(video, clip, stride):
-    """Yield the Windows of a whole video, a VideoReader at its start; `clip` is a ClipFormat.
+    """Yield (n, uint8 (T, C, H, W)): windows of a whole video, a VideoReader at its start.
 
-    Frames lie on the grid of `clip.fps`, prepared as in validation. Windows start every `stride`
-    frames, and the last one ends with the video. A video shorter than a clip is looped, as in
-    training. UserError if no frame can be decoded.
+    The window's last frame is the n-th of the grid of `clip.fps`, `clip` a ClipFormat; frames are
+    prepared as in validation. Windows start every `stride` frames, and the last one ends with the
+    video. A video shorter than a clip is looped, as in training. UserError if no frame can be
+    decoded.
     """
-    W, H = clip.size
     frames = deque(maxlen=clip.length)
-    n = 0
+    due = clip.length
     done = 0
 
     def window():
         looped = [frames[i % len(frames)] for i in range(clip.length)]
-        return Window(n, torch.cat(looped))
+        return n, torch.cat(looped)
 
-    for picture in frames_at(video, (k / clip.fps for k in count())):
-        frame = torch.from_numpy(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)).permute(2, 0, 1)
+    grid = (k / clip.fps for k in count())
+    for n, picture in enumerate(frames_at(video, grid), 1):
+        rgb = cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
+        frame = torch.from_numpy(rgb).permute(2, 0, 1)
         frame = resize(frame[None], middle(*video.shape, clip.size))
-        frames.append(v2.functional.center_crop(frame, [H, W]))
-        n += 1
-        if n >= clip.length and (n - clip.length) % stride == 0:
+        frames.append(v2.functional.center_crop(frame, clip.size[::-1]))
+        if n == due:
             yield window()
             done = n
-    if n == 0:
+            due += stride
+    if not frames:
         raise UserError(f"{video.path} holds no frame that can be decoded")
-    if done < n:
+    if n > done:
         yield window()
 
 
@@ -212,29 +217,35 @@ def clips_at_once(shape, device):
 
 
 def batched(items, n):
-    """Lists of `n` neighbouring items; the last may be shorter."""
+    """Lists of `n` neighbouring items of an iterable; the last may be shorter."""
     items = iter(items)
-    return iter(lambda: list(islice(items, n)), [])
+    batch = list(islice(items, n))
+    while batch:
+        yield batch
+        batch = list(islice(items, n))
 
 
 def explain_video(path, question):
     """The Explanation of a video of any length; without a target, of its most probable class."""
     model, clip, target = question.model, question.clip, question.target
-    at_once = clips_at_once((clip.length, *clip.size), next(model.parameters()).device)
+    device = next(model.parameters()).device
+    at_once = clips_at_once((clip.length, *clip.size), device)
     video = open_video(path)
     windows = ahead(read_windows(video, clip, question.stride))
 
     # what is kept of the windows are small maps, not the frames
-    cells = []
+    cells = {}
     logits = []
-    for batch in batched(tqdm(windows, "explain", leave=False, unit="window"), at_once):
-        clips = model.prepare(torch.stack([window.frames for window in batch]))
+    bar = tqdm(windows, "explain", leave=False, unit="window")
+    for batch in batched(bar, at_once):
+        clips = model.prepare(torch.stack([frames for _, frames in batch]))
         maps, scores = explain(model, clips, question.layers, question.methods, target)
         if target is None:
             target = most_probable(scores)
-        cells.append({name: shrink(m) for name, m in maps.items()})
+        for name, parts in maps.items():
+            cells.setdefault(name, []).append(shrink(parts))
         logits.append(scores.cpu())
-        n = batch[-1].stop
+        n, _ = batch[-1]
 
     # the first windows may have spoken for another class than the whole video
     logits = torch.cat(logits)
@@ -247,19 +258,15 @@ def explain_video(path, question):
     starts = np.minimum(question.stride * np.arange(len(logits)), n - length)
     moments = (starts + (length - 1) / 2) / clip.fps
     times = np.arange(n, dtype=np.float32) / np.float32(clip.fps)
-    maps = {name: cross_fade(m, starts, clip.length, n) for name, m in join(cells).items()}
+    maps = {name: cross_fade(cells[name], starts, clip.length, n) for name in cells}
     scores = logits.softmax(1).numpy()
     return Explanation(video.shape, target, maps, times, moments, scores)
 
 
 def shrink(maps):
     """Maps (B, T', H', W') on the CPU; sides over 64 cells, of early stages, are averaged down."""
-    return F.adaptive_avg_pool2d(maps, [min(side, 64) for side in maps.shape[2:]]).cpu()
-
-
-def join(batches):
-    """One dict {name: maps (B, T', H', W')} for a list of such dicts."""
-    return {name: torch.cat([maps[name] for maps in batches]) for name in batches[0]}
+    sides = [min(side, 64) for side in maps.shape[2:]]
+    return F.adaptive_avg_pool2d(maps, sides).cpu()
 
 
 def stretch(maps, shape):
@@ -273,11 +280,13 @@ def stretch(maps, shape):
 
 
 def cross_fade(maps, starts, length, n):
-    """Maps (M, T', H', W') of windows of `length` frames -> float32 (n, H', W') of the video.
+    """Batches (B, T', H', W') of maps of windows of `length` frames -> float32 (n, H', W').
 
     Windows are averaged with the weight sin^2 over their length: none begins or ends with a jump.
     """
-    taper = torch.sin(math.pi * (torch.arange(length) + 0.5) / length)[:, None, None] ** 2
+    phase = math.pi * (torch.arange(length) + 0.5) / length
+    taper = torch.sin(phase)[:, None, None] ** 2
+    maps = torch.cat(maps)
     sides = maps.shape[2:]
     total = torch.zeros(n, *sides)
     weight = torch.zeros(n, 1, 1)
@@ -303,7 +312,8 @@ such networks, and random the largest one of a draw.
 def surrogate(heat):
     """Noise (T, H, W) with the power spectrum of `heat`: as smooth, hottest elsewhere."""
     noise = torch.fft.fftn(torch.randn(heat.shape).to(heat))
-    return torch.fft.ifftn(torch.fft.fftn(heat).abs() * noise / noise.abs()).real
+    spectrum = torch.fft.fftn(heat).abs()
+    return torch.fft.ifftn(spectrum * noise / noise.abs()).real
 
 
 @torch.no_grad()
@@ -319,11 +329,11 @@ def occlude(model, clip, heat, target):
     variants = []
     for share in SHARES:
         hot.view(-1)[order[: round(share * len(order))]] = True
-        variants.append(torch.where(hot, blurred, clip))
-        variants.append(torch.where(hot, clip, blurred))
+        variants += [torch.where(hot, blurred, clip), torch.where(hot, clip, blurred)]
     batches = torch.stack(variants).split(clips_at_once(heat.shape, clip.device))
     logits = torch.cat([model(batch) for batch in batches])
-    return logits.softmax(1)[:, target].view(-1, 2).T.cpu().numpy()
+    p = logits.softmax(1)[:, target]
+    return p.view(-1, 2).T.cpu().numpy()
 
 
 @torch.no_grad()
@@ -365,7 +375,8 @@ def check(model, clips, layers, methods, target):
     """CheckLines of the tests in the module's docstring on clips (B, 3, T, H, W), normalised."""
 
     def maps_of(network):
-        return join([explain(network, clip[None], layers, methods, target)[0] for clip in clips])
+        found = [explain(network, clip[None], layers, methods, target)[0] for clip in clips]
+        return {name: torch.cat([maps[name] for maps in found]) for name in found[0]}
 
     ours = maps_of(model)
     n = len(model.features)
@@ -388,17 +399,17 @@ def check(model, clips, layers, methods, target):
 def verdicts(lines, name):
     """Two sentences on the CheckLines of one map, which `name` calls in them."""
 
-    def mean(column, test):
-        return np.mean([getattr(line, column) for line in lines if line.test == test])
+    def means(test):
+        return np.mean([(line.value, line.random) for line in lines if line.test == test], axis=0)
 
-    out, random_out = mean("value", "deletion"), mean("random", "deletion")
-    kept, random_kept = mean("value", "insertion"), mean("random", "insertion")
+    out, random_out = means("deletion")
+    kept, random_kept = means("insertion")
     verdict = "DO NOT believe it, random places are as good"
     if out < random_out and kept > random_kept:
         verdict = "believe it"
     deletion = f"without the hottest places {out:.0%} (without random ones {random_out:.0%})"
     yield f"{name}: {deletion}, with nothing else {kept:.0%} ({random_kept:.0%}): {verdict}"
-    r = mean("value", "new weights")
+    r, _ = means("new weights")
     verdict = "DO NOT believe it, weights hardly matter"
     if abs(r) < 0.3:
         verdict = "it shows what was learned"
@@ -409,25 +420,23 @@ def verdicts(lines, name):
 
 
 def overlay(picture, heat):
-    """Blend heat (h, w), 0..1, into a BGR picture (h, w, 3); where there is none it is unchanged."""
-    colour = cv2.applyColorMap(np.round(255 * heat).astype(np.uint8), COLORMAP)
+    """Blend heat (h, w), 0..1, into a BGR picture (h, w, 3); without heat it stays as it is."""
+    levels = np.round(255 * heat).astype(np.uint8)
+    colour = cv2.applyColorMap(levels, COLORMAP)
     opacity = (ALPHA * np.minimum(1, 2 * heat)).astype(np.float32)
     return cv2.blendLinear(picture, colour, 1 - opacity, opacity)
 
 
-def text(line, size, room, colour=WHITE):
-    """A strip of text, uint8 (1.5 size, w, 3), in smaller letters if it needs more than `room`."""
-    width = size + cv2.getTextSize((1, 1), line, (0, 0), FONT, size, 500)[2]
-    letters = int(size * min(1, room / width))
-    strip = np.full((3 * size // 2, min(room, width), 3), DARK, np.uint8)
-    cv2.putText(strip, line, (size // 2, int(1.1 * size)), colour, FONT, max(6, letters), 500)
-    return strip
-
-
-def paste(canvas, picture):
-    """Copy the picture into the top left corner of the canvas; what reaches beyond is cut off."""
-    height, width = canvas.shape[:2]
-    canvas[: len(picture), : picture.shape[1]] = picture[:height, :width]
+def write(picture, lines, size):
+    """Lines of text, `size` pixels high or less, from the top left corner of a picture."""
+    room = picture.shape[1]
+    step = 3 * size // 2
+    for i, line in enumerate(lines):
+        width = size + cv2.getTextSize((1, 1), line, (0, 0), FONT, size, 500)[2]
+        letters = max(6, int(size * min(1, room / width)))
+        strip = picture[i * step : (i + 1) * step, :width]
+        strip[:] = DARK
+        cv2.putText(strip, line, (size // 2, int(1.1 * size)), WHITE, FONT, letters, 500)
 
 
 def tile(pictures, columns):
@@ -452,38 +461,42 @@ def arrange(n, height, width):
 
 
 def ranking(found, classes):
-    """{class index: "name probability"} of the most probable classes and the one explained."""
+    """["name probability", ...] of the class explained and the most probable ones."""
     mean = found.scores.mean(0)
     best = mean.argsort()[::-1][:TOP_K].tolist()
-    return {i: f"{classes[i]} {mean[i]:.0%}" for i in dict.fromkeys([*best, found.target])}
+    return [f"{classes[i]} {mean[i]:.0%}" for i in dict.fromkeys([found.target, *best])]
+
+
+def ranges(found, classes):
+    """["map, from 0 to its largest value", ...]."""
+    for name, maps in found.maps.items():
+        line = f"{' '.join(name)}, from 0 to {maps.max():.3g}"
+        if maps.max() <= 0:
+            line = f"{' '.join(name)}: no positive evidence for {classes[found.target]}"
+        yield line
 
 
 def draw_band(width, size, found, classes):
-    """Classes and colours in letters of `size` pixels, and the time line: uint8 (h, width, 3)."""
-    step = 3 * size // 2
-    band = np.full(((TOP_K + 1) * step, width, 3), DARK, np.uint8)
+    """What is written below the panels in letters of `size` pixels: uint8 (h, width, 3).
+
+    To the left the classes; to the right the maps and the scale of their colours; at the bottom the
+    time line, the score of the class from the start of the video to its end, 2 `size` high.
+    """
+    height = (TOP_K + 1) * (3 * size // 2) + 2 * size
+    band = np.full((height, width, 3), DARK, np.uint8)
     left, right = np.array_split(band, 2, axis=1)
-    for i, (index, line) in enumerate(ranking(found, classes).items()):
-        colour = AMBER if index == found.target else WHITE
-        paste(left[i * step :], text(line, size, left.shape[1], colour))
-    title = f"{len(found.maps)} maps, each from 0 to its most"
-    if len(found.maps) == 1:
-        ((name, maps),) = found.maps.items()
-        title = f"{' '.join(name)}, from 0 to {max(0, maps.max()):.3g}"
-    paste(right, text(title, size, right.shape[1]))
-    scale = right[step : step + size]
+    write(left, ranking(found, classes), size)
+    write(right, ranges(found, classes), size)
+    scale = right[-3 * size : -2 * size]
     heat = np.linspace(0, 1, scale.shape[1])[None].repeat(size, 0)
-    scale[:] = overlay(np.full_like(scale, 90), heat)
-    return np.vstack([band, draw_timeline(width, 2 * size, found)])
-
-
-def draw_timeline(width, height, found):
-    """The score of the class from the start of the video to its end: uint8 (height, width, 3)."""
-    timeline = np.full((height, width, 3), 48, np.uint8)
+    grey = np.full_like(scale, 90)
+    scale[:] = overlay(grey, heat)
+    # the time line
     times = np.linspace(0, found.times[-1], width)
     score = np.interp(times, found.moments, found.scores[:, found.target])
-    timeline[np.linspace(1, 0, height)[:, None] <= score] = BROWN
-    return timeline
+    level = np.linspace(1, 0, 2 * size)[:, None]
+    band[-2 * size :] = np.where((level <= score)[..., None], BROWN, 48)
+    return band
 
 
 def draw_heat(source, heat, size):
@@ -495,61 +508,58 @@ def draw_heat(source, heat, size):
     cover = middle(height, width, size).cover
     top = round(height * (1 - size[1] / cover[0]) / 2)
     left = round(width * (1 - size[0] / cover[1]) / 2)
-    inside = slice(top, height - top), slice(left, width - left)
+    seen = source[top : height - top, left : width - left]
+    heat = cv2.resize(heat, seen.shape[1::-1])  # bilinear: cells are tiles
     panel = source // 3
-    seen = source[inside]
-    panel[inside] = overlay(seen, cv2.resize(heat, seen.shape[1::-1]))  # bilinear, cells are tiles
+    panel[top : height - top, left : width - left] = overlay(seen, heat)
     return panel
 
 
-Drawing = namedtuple("Drawing", "time picture panels")
-Drawing.__doc__ = "Time in s, the picture to write, and [source, heat of each map], all uint8 BGR."
+def draw(video, found, clip_size, classes):
+    """Yield (time in s, picture to write, panels) for every frame of a video, a VideoReader.
 
-
-def draw(video, found, size, classes):
-    """Yield a Drawing for every frame of a video, a VideoReader at its start.
-
-    size: (W, H) of the clips. One scale, that of its largest value, holds for a map over the whole
-    video.
+    panels: [source, its heat for each map], uint8 BGR of one size. clip_size: (W, H). One scale,
+    that of its largest value, holds for a map over the whole video.
     """
     columns, height, width = arrange(1 + len(found.maps), *found.shape)
-    letters = int(min(max(height / 30, 10), 40))
-    band = draw_band(columns * width, letters, found, classes)
-    tags = []
-    if len(found.maps) > 1:
-        tags = [text(" ".join(name), letters, width) for name in found.maps]
+    size = int(min(max(height / 30, 10), 40))
+    band = draw_band(columns * width, size, found, classes)
     peaks = [max(maps.max(), 1e-30) for maps in found.maps.values()]
-    last = len(found.times) - 1
+    n = len(found.times)
     while video.grab():
         source = cv2.resize(video.frame(), (width, height), interpolation=cv2.INTER_AREA)
         panels = [source]
-        at = np.interp(video.time, found.times, np.arange(last + 1))
+        at = np.interp(video.time, found.times, np.arange(n))
         for maps, peak in zip(found.maps.values(), peaks, strict=True):
-            before, after = np.maximum(maps[[int(at), math.ceil(at)]], 0) / peak
-            panels.append(draw_heat(source, before + at % 1 * (after - before), size))
+            neighbours = maps[[int(at), math.ceil(at)]]
+            before, after = np.maximum(neighbours, 0) / peak
+            heat = before + at % 1 * (after - before)
+            panels.append(draw_heat(source, heat, clip_size))
         picture = np.vstack([tile(panels, columns), band])
-        for i, tag in enumerate(tags, 1):
-            paste(picture[i // columns * height :, i % columns * width :], tag)
-        cursor = int(at / max(1, last) * (columns * width - 1))
-        picture[-2 * letters :, cursor : cursor + 1 + letters // 10] = WHITE
-        yield Drawing(video.time, picture, panels)
+        if len(peaks) > 1:
+            for i, name in enumerate(found.maps, 1):
+                panel = picture[i // columns * height :, i % columns * width :][:height, :width]
+                write(panel, [" ".join(name)], size)
+        cursor = int(at / n * picture.shape[1])
+        picture[-2 * size :, cursor : cursor + size // 5] = WHITE
+        yield video.time, picture, panels
 
 
 def film_strip(moments, names):
-    """Moments, Drawings, from left to right, behind the `names` of the rows: source, maps."""
-    height, width = moments[0].panels[0].shape[:2]
+    """Moments (time in s, panels) from left to right, behind the `names` of the panels."""
+    height, width = moments[0][1][0].shape[:2]
     scale = min(320 / height, 300 / width, 6000 / (len(names) * height))
     height, width = round(scale * height), round(scale * width)
     size = max(9, min(20, height // 6))
     cells = []
     for row, name in enumerate(names):
         label = np.full((height, width, 3), DARK, np.uint8)
-        paste(label, text(name, size, width))
+        write(label, [name], size)
         cells.append(label)
-        for moment in moments:
-            cell = cv2.resize(moment.panels[row], (width, height), interpolation=cv2.INTER_AREA)
+        for time, panels in moments:
+            cell = cv2.resize(panels[row], (width, height), interpolation=cv2.INTER_AREA)
             if row == 0:
-                paste(cell[-3 * size // 2 :], text(f"{moment.time:.1f} s", size, width))
+                write(cell[-3 * size // 2 :], [f"{time:.1f} s"], size)
             cells.append(cell)
     return tile(cells, 1 + len(moments))
 
@@ -562,10 +572,11 @@ def render(path, output, found, size, classes):
 
     def pictures():
         n = int(video.cap.get(cv2.CAP_PROP_FRAME_COUNT))
-        for drawing in tqdm(drawings, "write", n, leave=False, unit="frame"):
-            if drawing.time >= (len(moments) + 0.4) / 8 * found.times[-1]:
-                moments.append(drawing)
-            yield drawing.picture
+        bar = tqdm(drawings, "write", n, leave=False, unit="frame")
+        for time, picture, panels in bar:
+            if time >= (len(moments) + 0.4) / 8 * found.times[-1]:
+                moments.append((time, panels))
+            yield picture
 
     with replacing(output) as part:
         write_video(part, pictures(), video.fps, CODECS[output.suffix])
@@ -623,13 +634,11 @@ def find_jobs(paths, output, method):
             jobs[result] = video
     folder = output
     if output.suffix:
-        folder = output.parent
-        if output.suffix not in CODECS:
+        if output.suffix not in CODECS or len(jobs) > 1:
             ends = " or ".join(CODECS)
-            raise UserError(f"{output} ends in {output.suffix}: give {ends} or a folder")
-        if len(jobs) > 1:
-            raise UserError(f"{output} is one file for {len(jobs)} videos: give a folder")
+            raise UserError(f"{output} should be a folder, or for a single video end in {ends}")
         jobs = {output: video}
+        folder = output.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise UserError(f"{folder} is no folder that can be written to: give --output another")
     return jobs
@@ -637,17 +646,18 @@ def find_jobs(paths, output, method):
 
 def ask(args):
     """The Question for the network of a checkpoint."""
-    saved = [path for path in Path("checkpoints").glob("*.pt") if path.name != "last.pt"]
-    if not (args.checkpoint or saved):
-        command = "python Trainer.py --debug False"
-        raise UserError(f"there is no checkpoint in checkpoints/: make one with {command}")
-    path = args.checkpoint or max(saved, key=lambda path: path.stat().st_mtime)
+    path = args.checkpoint
+    if path is None:
+        saved = [path for path in Path("checkpoints").glob("*.pt") if path.name != "last.pt"]
+        if not saved:
+            command = "python Trainer.py --debug False"
+            raise UserError(f"there is no checkpoint in checkpoints/: make one with {command}")
+        path = max(saved, key=os.path.getmtime)
     try:
         model, checkpoint = load_checkpoint(path)
-        device = pick_device(args.device)
+        model = fold_batch_norm(model).to(pick_device(args.device))
     except (OSError, ValueError) as error:
         raise UserError(str(error)) from error
-    model = fold_batch_norm(model).to(device)
     classes = checkpoint["classes"]
     clip = ClipFormat(checkpoint["size"], checkpoint["clip_len"], checkpoint["clip_fps"])
     stride = args.stride
@@ -667,56 +677,37 @@ def ask(args):
     return Question(model, clip, classes, layers, methods, target, stride)
 
 
-def describe(found, classes):
-    """Lines for the terminal: classes of the video, and range of each map."""
-    ranks = ", ".join(ranking(found, classes).values())
-    yield f"{ranks} (mean of {len(found.scores)} windows)"
-    name = classes[found.target]
-    for row, maps in found.maps.items():
-        values = f"values from {maps.min():.3g} to {maps.max():.3g} for {name}"
-        yield f"{' '.join(row)}: {maps.shape[1:]} cells (H', W'), {values}"
-        if maps.max() <= 0:
-            yield f"there is no positive evidence for {name}, so the map is blank"
-
-
 def explain_file(video, output, question, args):
-    """Explain one video and write the results."""
-    strip = output.with_suffix(".png")
+    """Explain one video and write the results; none of them if one exists and isn't `force`d."""
     numbers = output.with_suffix(".npz")
     table = output.with_name(f"{output.stem}_check.csv")
-    if output.is_dir() or output.resolve() == video.resolve():
-        raise UserError(f"{output} is a folder or the video itself: give --output another name")
-    for path in (output, strip, numbers, table):
-        if path.exists() and not args.force:
-            raise UserError(f"{path} exists: move it away, or overwrite it with --force")
+    paths = [output, output.with_suffix(".png"), numbers, table]
+    for path in paths:
+        if path.resolve() == video.resolve() or (path.exists() and not args.force):
+            raise UserError(f"{path} exists: give --output another name, or overwrite with --force")
 
     found = explain_video(video, question)
     name = question.classes[found.target]
-    print(f"{video}:", *describe(found, question.classes), sep="\n")
+    ranks = ", ".join(ranking(found, question.classes))
+    print(f"{video}: {ranks} (mean of {len(found.scores)} windows)")
+    print(*ranges(found, question.classes), sep="\n")
     render(video, output, found, question.clip.size, question.classes)
-    written = [output, strip]
     if args.npy:
         maps = {" ".join((*row, name)): maps for row, maps in found.maps.items()}
         with replacing(numbers) as part:
             np.savez(part, times=found.times, **maps)
-        written.append(numbers)
     if args.check:
-        lines = check_video(video, question, found)
-        for row in found.maps:
-            mine = [line for line in lines if line[:2] == row]
-            print(*verdicts(mine, " ".join(row)), sep="\n")
-        write_csv(table, [("class", *CheckLine._fields), *((name, *line) for line in lines)])
-        written.append(table)
-    print("written", *written)
-
-
-def check_video(path, question, found):
-    """CheckLines of at most four windows of the video, spread evenly."""
-    few = np.linspace(0, len(found.moments) - 1, 4).round()
-    windows = read_windows(open_video(path), question.clip, question.stride)
-    clips = [window.frames for i, window in enumerate(windows) if i in few]
-    clips = question.model.prepare(torch.stack(clips))
-    return check(question.model, clips, question.layers, question.methods, found.target)
+        windows = read_windows(open_video(video), question.clip, question.stride)
+        few = np.linspace(0, len(found.moments) - 1, 4).round()
+        clips = [frames for i, (_, frames) in enumerate(windows) if i in few]
+        clips = question.model.prepare(torch.stack(clips))
+        lines = check(question.model, clips, question.layers, question.methods, found.target)
+        for layer, method in found.maps:
+            mine = [line for line in lines if (line.layer, line.method) == (layer, method)]
+            print(*verdicts(mine, f"{layer} {method}"), sep="\n")
+        rows = [(name, *line) for line in lines]
+        write_csv(table, [("class", *CheckLine._fields), *rows])
+    print("written", *(path for path in paths if path.exists()))
 
 
 def main():
