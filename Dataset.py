@@ -120,16 +120,12 @@ def write_png(path, picture):
         part.write_bytes(cv2.imencode(".png", picture)[1])
 
 
-def interrupt(*_):
-    raise KeyboardInterrupt
-
-
 def run_script(main, name, stopped):
     """Call main() and exit: 2 and one sentence for a UserError, 130 and `stopped` for Ctrl-C.
 
     SIGTERM, which clusters and containers send before they kill, is taken for Ctrl-C.
     """
-    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
     except UserError as error:
@@ -260,22 +256,24 @@ def read_frames(path, times, geometry=None):
         video.shape = geometry.source
     if times[0] > 3:
         video.jump_before(times[0])
-    frames = []
+    frames = None  # all in one array: stacking them at the end made this a fifth slower
+    count = 0
     for frame in frames_at(video, times):
-        if geometry:
-            rows, columns = geometry.crop
-            y = (len(frame) - rows) // 2
-            x = (frame.shape[1] - columns) // 2
-            frame = frame[y : y + rows, x : x + columns]
-        frames.append(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
-    for time in times[len(frames) :]:
-        if not frames or time > video.time + 0.5:
+        rows, columns = geometry.crop if geometry else video.shape
+        y = (video.shape[0] - rows) // 2
+        x = (video.shape[1] - columns) // 2
+        if frames is None:
+            frames = np.empty((len(times), rows, columns, 3), np.uint8)
+        cv2.cvtColor(frame[y : y + rows, x : x + columns], cv2.COLOR_BGR2RGB, frames[count])
+        count += 1
+    for time in times[count:]:
+        if frames is None or time > video.time + 0.5:
             end = max(video.time, 0)
             raise UserError(
                 f"{path} ends at {end:.2f} s, before {time:.2f} s: it changed or is damaged"
             )
-        frames.append(frames[-1])
-    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+    frames[count:] = frames[count - 1]
+    return torch.from_numpy(frames).permute(0, 3, 1, 2)
 
 
 @contextmanager
