@@ -239,6 +239,7 @@ def test_20_steps_learn_four_clips_by_heart():
     assert F.cross_entropy(model(clips), labels) < 0.05
 
 
+@pytest.mark.slow
 def test_exported_network_gives_the_same_logits_at_other_shapes(tmp_path):
     model = lively("mobilenet_v2_3d")
     dim = torch.export.Dim
