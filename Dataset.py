@@ -920,8 +920,9 @@ class ExerciseVideoDataModule:
         segments = []
         for video in readable:
             segments += self.cut(video, probes[video.path], names)
-        if NO_EXERCISE in names:
-            segments = self.thin_background(segments, self.classes.index(names[NO_EXERCISE]))
+        background = names.get(NO_EXERCISE)
+        if background in self.classes:
+            segments = self.thin_background(segments, self.classes.index(background))
         self.refuse_gaps(videos, segments, bad)
         self.note_orientation(segments)
 

@@ -699,6 +699,11 @@ def test_labels_that_can_not_be_used_are_explained(tmp_path):
     with pytest.raises(UserError, match="c.mp4 in val has the class no_exercise"):
         module(tmp_path)
     assert module(tmp_path, background_ratio=0).classes == ["1", "2"]
+    # no_exercise in val alone, and for less than a window: nothing is lost with it
+    labels = [*([1] * 60), *([2] * 55), *([-1] * 5)]
+    lines = [f"{i + 1},{label}\n" for i, label in enumerate(labels)]
+    (tmp_path / "labels" / "c.csv").write_text("".join(lines))
+    assert module(tmp_path).classes == ["1", "2"]
 
 
 def test_a_second_start_reads_no_video_again(clips, monkeypatch, tmp_path):
