@@ -92,7 +92,7 @@ probable one of each video. stride: frames of the time grid from window to windo
 Explanation = namedtuple("Explanation", "shape target maps times moments scores")
 Explanation.__doc__ = """What the network found in a video of N frames on the time grid, M windows.
 
-shape: (h, w) of the frames in the file. target: index of the class. maps: {(layer, method): float32
+shape: (h, w) of the frames in the file. target: index of the class. maps: {"layer method": float32
 (N, H', W'), signed and un-normalised}. times: float32 (N,) of these frames in seconds. moments:
 (M,) the middle of each window in seconds. scores: float32 (M, num_classes) its probabilities.
 """
@@ -242,8 +242,8 @@ def explain_video(path, question):
         maps, scores = explain(model, clips, question.layers, question.methods, target)
         if target is None:
             target = most_probable(scores)
-        for name, parts in maps.items():
-            cells.setdefault(name, []).append(shrink(parts))
+        for (layer, method), parts in maps.items():
+            cells.setdefault(f"{layer} {method}", []).append(shrink(parts))
         logits.append(scores.cpu())
         n, _ = batch[-1]
 
@@ -434,7 +434,8 @@ def write(picture, lines, size):
     for i, line in enumerate(lines):
         width = size + cv2.getTextSize((1, 1), line, (0, 0), FONT, size, 500)[2]
         letters = max(6, int(size * min(1, room / width)))
-        strip = picture[i * step : (i + 1) * step, :width]
+        top = i * step
+        strip = picture[top : top + step, :width]
         strip[:] = DARK
         cv2.putText(strip, line, (size // 2, int(1.1 * size)), WHITE, FONT, letters, 500)
 
@@ -464,15 +465,16 @@ def ranking(found, classes):
     """["name probability", ...] of the class explained and the most probable ones."""
     mean = found.scores.mean(0)
     best = mean.argsort()[::-1][:TOP_K].tolist()
-    return [f"{classes[i]} {mean[i]:.0%}" for i in dict.fromkeys([found.target, *best])]
+    shown = dict.fromkeys([found.target, *best])  # each once
+    return [f"{classes[i]} {mean[i]:.0%}" for i in shown]
 
 
 def ranges(found, classes):
     """["map, from 0 to its largest value", ...]."""
     for name, maps in found.maps.items():
-        line = f"{' '.join(name)}, from 0 to {maps.max():.3g}"
+        line = f"{name}, from 0 to {maps.max():.3g}"
         if maps.max() <= 0:
-            line = f"{' '.join(name)}: no positive evidence for {classes[found.target]}"
+            line = f"{name}: no positive evidence for {classes[found.target]}"
         yield line
 
 
@@ -538,8 +540,10 @@ def draw(video, found, clip_size, classes):
         picture = np.vstack([tile(panels, columns), band])
         if len(peaks) > 1:
             for i, name in enumerate(found.maps, 1):
-                panel = picture[i // columns * height :, i % columns * width :][:height, :width]
-                write(panel, [" ".join(name)], size)
+                top = i // columns * height
+                left = i % columns * width
+                write(picture[top:, left:], [name], size)
+        # the cursor of the time line
         cursor = int(at / n * picture.shape[1])
         picture[-2 * size :, cursor : cursor + size // 5] = WHITE
         yield video.time, picture, panels
@@ -580,8 +584,8 @@ def render(path, output, found, size, classes):
 
     with replacing(output) as part:
         write_video(part, pictures(), video.fps, CODECS[output.suffix])
-    names = [classes[found.target], *(" ".join(name) for name in found.maps)]
-    write_png(output.with_suffix(".png"), film_strip(moments[:8], names))
+    strip = film_strip(moments[:8], [classes[found.target], *found.maps])
+    write_png(output.with_suffix(".png"), strip)
 
 
 # -------------------------------------------------------------------------------------------- main
@@ -686,25 +690,26 @@ def explain_file(video, output, question, args):
         if path.resolve() == video.resolve() or (path.exists() and not args.force):
             raise UserError(f"{path} exists: give --output another name, or overwrite with --force")
 
+    model, clip, classes = question.model, question.clip, question.classes
     found = explain_video(video, question)
-    name = question.classes[found.target]
-    ranks = ", ".join(ranking(found, question.classes))
+    name = classes[found.target]
+    ranks = ", ".join(ranking(found, classes))
     print(f"{video}: {ranks} (mean of {len(found.scores)} windows)")
-    print(*ranges(found, question.classes), sep="\n")
-    render(video, output, found, question.clip.size, question.classes)
+    print(*ranges(found, classes), sep="\n")
+    render(video, output, found, clip.size, classes)
     if args.npy:
-        maps = {" ".join((*row, name)): maps for row, maps in found.maps.items()}
+        maps = {f"{row} {name}": maps for row, maps in found.maps.items()}
         with replacing(numbers) as part:
             np.savez(part, times=found.times, **maps)
     if args.check:
-        windows = read_windows(open_video(video), question.clip, question.stride)
+        windows = read_windows(open_video(video), clip, question.stride)
         few = np.linspace(0, len(found.moments) - 1, 4).round()
         clips = [frames for i, (_, frames) in enumerate(windows) if i in few]
-        clips = question.model.prepare(torch.stack(clips))
-        lines = check(question.model, clips, question.layers, question.methods, found.target)
-        for layer, method in found.maps:
-            mine = [line for line in lines if (line.layer, line.method) == (layer, method)]
-            print(*verdicts(mine, f"{layer} {method}"), sep="\n")
+        clips = model.prepare(torch.stack(clips))
+        lines = check(model, clips, question.layers, question.methods, found.target)
+        for row in found.maps:
+            mine = [line for line in lines if f"{line.layer} {line.method}" == row]
+            print(*verdicts(mine, row), sep="\n")
         rows = [(name, *line) for line in lines]
         write_csv(table, [("class", *CheckLine._fields), *rows])
     print("written", *(path for path in paths if path.exists()))
@@ -712,14 +717,15 @@ def explain_file(video, output, question, args):
 
 def main():
     args = parse_args()
-    jobs = find_jobs(args.video, args.output or Path(), args.method)
+    output = args.output or Path()
+    jobs = find_jobs(args.video, output, args.method)
     question = ask(args)
     # maps of a GPU are those of the CPU; with TF32 products have 3 digits
     torch.backends.cudnn.allow_tf32 = False
     left_out = 0
-    for output, video in jobs.items():
+    for result, video in jobs.items():
         try:
-            explain_file(video, output, question, args)
+            explain_file(video, result, question, args)
         except UserError as error:
             if len(jobs) == 1:
                 raise

@@ -1,4 +1,4 @@
-"""HeatMap.py: the maps against formulas and finite differences, the check, the picture, the script."""
+"""HeatMap.py: maps against formulas and finite differences, the check, the picture, the script."""
 
 import csv
 import runpy
@@ -42,7 +42,7 @@ def one(model, clips, layer, target, method):
     return maps[layer, method], logits
 
 
-# ----------------------------------------------------------------------------------------------------- explanation
+# -------------------------------------------------------------------------------------- explanation
 
 
 class Square(nn.Module):
@@ -51,7 +51,10 @@ class Square(nn.Module):
 
 
 class ByHand(nn.Module):
-    """y0 = mean(A0^2) - 2 mean(A1^2), y1 = mean(A1^2), where A is the input: dy0/dA = (A0, -2 A1) for 2 cells."""
+    """y0 = mean(A0^2) - 2 mean(A1^2), y1 = mean(A1^2), where A is the input.
+
+    For two cells dy0/dA = (A0, -2 A1).
+    """
 
     def __init__(self):
         super().__init__()
@@ -125,7 +128,7 @@ def test_maps_equal_an_autograd_formula_at_every_stage(name, models, clips):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_gradients_equal_finite_differences(name):
-    """Without autograd: the change of the logit along a random step at the stage, in double precision."""
+    """Without autograd: the change of the logit along a step at the stage, in double precision."""
     model = fold_batch_norm(lively(name)).double()
     clip = torch.randn(
         (1, 3, 8, 64, 32), dtype=torch.double, generator=torch.Generator().manual_seed(1)
@@ -220,7 +223,7 @@ def test_model_is_left_as_found(clips, layer):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_folded_network_gives_the_same_maps(name, models, clips):
-    """At earlier stages a ReLU that rounding opens or shuts is 1 % of the gradient of maps as small as these."""
+    """At earlier stages a ReLU that rounding opens or shuts is 1 % of so small maps' gradient."""
     layers = stages(models[name])[-3:]
     maps, _ = explain(fold_batch_norm(models[name]), clips, layers, METHODS, 2)
     assert list(maps) == list(product(layers, METHODS))
@@ -241,11 +244,11 @@ def test_without_targets_the_most_probable_class_of_the_batch_is_explained(model
     )
 
 
-# -------------------------------------------------------------------------------------------------------- geometry
+# ----------------------------------------------------------------------------------------- geometry
 
 
 def test_cells_are_tiles_of_the_clip():
-    """12 pixels, 3 cells: their centres lie between the pixels 1 and 2, 5 and 6, 9 and 10; linear between them."""
+    """12 pixels, 3 cells: their centres lie between 1 and 2, 5 and 6, 9 and 10; else linear."""
     cells = torch.tensor([1.0, 5.0, -3.0])
     expected = np.interp(np.arange(12), [1.5, 5.5, 9.5], cells)
     for axis in range(3):
@@ -256,11 +259,11 @@ def test_cells_are_tiles_of_the_clip():
         )
 
 
-# ------------------------------------------------------------------------------------------------------- any video
+# ---------------------------------------------------------------------------------------- any video
 
 
 class FindsBlue(VideoClassifier):
-    """Two classes, blue and red; a stage whose cells lie 4 pixels and 2 frames apart; logits square a mean."""
+    """Two classes, blue and red; a stage whose cells lie 4 pixels and 2 frames apart."""
 
     def __init__(self):
         conv = nn.Conv3d(3, 2, (3, 5, 5), (2, 4, 4), (1, 2, 2), bias=False)
@@ -299,15 +302,21 @@ def centre(mask):
     return rows.mean(), columns.mean()
 
 
-@pytest.mark.parametrize("turned", [False, True])
-@pytest.mark.parametrize(
-    ("height", "width", "y", "x"), [(128, 96, 50, 70), (96, 192, 60, 80), (97, 129, 70, 52)]
-)
-def test_planted_evidence_is_found_at_its_place_and_moment(
-    tmp_path, monkeypatch, height, width, y, x, turned
-):
+@pytest.fixture
+def opaque(monkeypatch):
+    """Heat in black, red, yellow, white, through which nothing is seen."""
     monkeypatch.setattr(HeatMap, "ALPHA", 1.0)
     monkeypatch.setattr(HeatMap, "COLORMAP", cv2.COLORMAP_HOT)
+
+
+@pytest.mark.usefixtures("opaque")
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "place"), [((128, 96), (50, 70)), ((96, 192), (60, 80)), ((97, 129), (70, 52))]
+)
+def test_planted_evidence_is_found_at_its_place_and_moment(tmp_path, shape, place, turned):
+    height, width = shape
+    y, x = place
     frames = np.full((48, height, width, 3), 60, np.uint8)
     frames[20:25, y - 7 : y + 7, x - 7 : x + 7] = (250, 40, 40)
     path = tmp_path / "planted.avi"
@@ -348,7 +357,7 @@ def test_what_the_network_can_not_see_is_dimmed_and_the_rest_is_the_source(tmp_p
 
 @pytest.mark.parametrize(("n", "stride"), [(20, 4), (23, 4), (19, 3), (16, 8), (5, 4), (1, 1)])
 def test_windows_cross_fade_with_squared_sines(tmp_path, monkeypatch, n, stride):
-    """Maps that are 0 in one window and 1 in the next: the average is the weight of the odd windows."""
+    """Maps that are 0 in one window and 1 in the next: the average is the odd windows' weight."""
     write_video(tmp_path / "v.avi", np.full((n, 64, 48, 3), 90, np.uint8), 8, "MJPG")
     count = iter(range(99))
 
@@ -363,7 +372,7 @@ def test_windows_cross_fade_with_squared_sines(tmp_path, monkeypatch, n, stride)
     for row, start in zip(weights, starts, strict=True):
         row[start : start + 8] = np.sin((np.arange(8) + 0.5) / 8 * np.pi)[: n - start] ** 2
     expected = weights[1::2].sum(0) / weights.sum(0)
-    maps = found.maps["features.0", "hirescam"]
+    maps = found.maps["features.0 hirescam"]
     assert maps.shape == (n, 2, 2)
     assert maps.dtype == np.float32
     assert maps[:, 1, 1] == pytest.approx(expected, abs=1e-5)
@@ -391,7 +400,7 @@ def test_the_class_explained_is_the_one_of_the_whole_video(tmp_path, monkeypatch
     found = find_blue(tmp_path / "v.avi", target=None, stride=8)
     assert found.scores.argmax(1).tolist() == [1, 0, 0, 0, 0]
     assert found.target == 0
-    maps = found.maps["features.0", "hirescam"]
+    maps = found.maps["features.0 hirescam"]
     assert maps[:6].max() < maps[12:].min(axis=0).max()
 
 
@@ -420,7 +429,7 @@ def test_items_come_ahead_in_order_with_their_error():
     assert made == list(range(9))
 
 
-# ----------------------------------------------------------------------------------------------------------- check
+# -------------------------------------------------------------------------------------------- check
 
 
 class MeanAgainstZero(nn.Module):
@@ -430,7 +439,7 @@ class MeanAgainstZero(nn.Module):
 
 
 def test_deletion_and_insertion_equal_numbers_by_hand():
-    """A fifth of the pixels has 4, the rest -1, so every field of 5x5 pixels has the mean 0, and so has the blur."""
+    """A fifth of the pixels has 4, the rest -1: fields of 5x5 have the mean 0, as the blur."""
     clip = torch.full((3, 4, 20, 20), -1.0)
     clip[..., 2::5] = 4.0
     deleted, inserted = HeatMap.occlude(MeanAgainstZero(), clip, clip[0], 0)
@@ -501,7 +510,7 @@ def test_verdicts(deletion, insertion, r, words):
         assert word.startswith("DO") or "DO NOT" not in sentence
 
 
-# --------------------------------------------------------------------------------------------------------- picture
+# ------------------------------------------------------------------------------------------ picture
 
 
 def test_without_heat_the_picture_is_the_source_and_with_most_it_is_the_colour():
@@ -538,7 +547,7 @@ def read_video(path):
     return np.stack(frames).astype(int), fps
 
 
-# ---------------------------------------------------------------------------------------------------------- script
+# ------------------------------------------------------------------------------------------- script
 
 
 def moving_square(n, height=96, width=64):
@@ -559,7 +568,7 @@ def video(tmp_path):
 
 @pytest.fixture
 def heatmap(monkeypatch, capfd):
-    """Run the script in this process, which saves the seconds of the imports: (exit code, stdout, stderr)."""
+    """Run the script in this process, which saves the imports: (exit code, stdout, stderr)."""
 
     def run(*args):
         monkeypatch.setattr(sys, "argv", ["HeatMap.py", *map(str, args)])
@@ -655,8 +664,21 @@ def test_numbers_are_the_signed_maps_and_their_times(tmp_path, checkpoints, heat
         tmp_path / "clip.mp4", moving_square(30), fps=16
     )  # 15 frames of the grid: one window, looped
     output, path = tmp_path / "out.mp4", checkpoints[NETWORKS[0]]
-    code, _, stderr = heatmap("--video", tmp_path / "clip.mp4", "--checkpoint", path, "--output", output, "--npy",
-        "--layer", "features.3,features.13", "--method", "gradcam,hirescam", "--target-class", "plank")  # fmt: skip
+    code, _, stderr = heatmap(
+        "--video",
+        tmp_path / "clip.mp4",
+        "--checkpoint",
+        path,
+        "--output",
+        output,
+        "--npy",
+        "--layer",
+        "features.3,features.13",
+        "--method",
+        "gradcam,hirescam",
+        "--target-class",
+        "plank",
+    )
     assert code == 0, stderr
     assert cv2.imread(str(output.with_suffix(".png"))) is not None
     model, checkpoint = load_checkpoint(path)
@@ -687,8 +709,19 @@ def test_numbers_are_the_signed_maps_and_their_times(tmp_path, checkpoints, heat
 
 def test_check_prints_verdicts_and_writes_its_numbers(tmp_path, video, checkpoints, heatmap):
     output = tmp_path / "out.mp4"
-    code, stdout, stderr = heatmap("--video", video, "--checkpoint", checkpoints[NETWORKS[0]], "--output", output,
-        "--check", "--layer", "features.13", "--target-class", "plank")  # fmt: skip
+    code, stdout, stderr = heatmap(
+        "--video",
+        video,
+        "--checkpoint",
+        checkpoints[NETWORKS[0]],
+        "--output",
+        output,
+        "--check",
+        "--layer",
+        "features.13",
+        "--target-class",
+        "plank",
+    )
     assert code == 0, stderr
     assert sum("believe" in line or "learned" in line for line in stdout.splitlines()) == 2
     with open(tmp_path / "out_check.csv") as file:
@@ -722,8 +755,11 @@ def test_folder_gives_a_result_each_and_names_the_bad_file(tmp_path, checkpoints
     assert "bad.mp4" in said[0]
     assert "1 of 3" in said[1]
     assert sorted(p.name for p in (tmp_path / "results").iterdir()) == [
-        "lunge_a_hirescam.png", "lunge_a_hirescam.webm", "squat_a_hirescam.png", "squat_a_hirescam.webm",
-    ]  # fmt: skip
+        "lunge_a_hirescam.png",
+        "lunge_a_hirescam.webm",
+        "squat_a_hirescam.png",
+        "squat_a_hirescam.webm",
+    ]
 
 
 def test_map_without_positive_evidence_is_blank_and_said_so(tmp_path, video, checkpoints, heatmap):
@@ -791,15 +827,16 @@ def damaged(folder, checkpoints, kind):
         ("--device", "abacus", ["abacus"]),
     ],
 )
+@pytest.mark.usefixtures("video")
 def test_error_is_one_sentence_and_leaves_nothing_behind(
-    tmp_path, video, checkpoints, heatmap, flag, value, said
+    tmp_path, checkpoints, heatmap, flag, value, said
 ):
     (tmp_path / "text.mp4").write_text("these are words\n" * 99)
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "folder.mp4").mkdir()
     (tmp_path / "nothing").mkdir()
     args = {
-        "--video": video,
+        "--video": tmp_path / "clip.mp4",
         "--checkpoint": checkpoints[NETWORKS[0]],
         "--output": tmp_path / "out.mp4",
     }
@@ -808,7 +845,8 @@ def test_error_is_one_sentence_and_leaves_nothing_behind(
     args[flag] = tmp_path / value if flag in ("--video", "--output") else value
     before = {p: p.stat().st_size for p in tmp_path.rglob("*")}
     code, _, stderr = heatmap(*(f"{k}={v}" for k, v in args.items()))
-    assert code == 2 and len(stderr.splitlines()) == 1, stderr
+    assert code == 2, stderr
+    assert len(stderr.splitlines()) == 1, stderr
     assert "Traceback" not in stderr
     assert all(word in stderr for word in said)
     assert {p: p.stat().st_size for p in tmp_path.rglob("*")} == before
