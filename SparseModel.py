@@ -447,9 +447,9 @@ class FastConv3d(nn.Conv3d):
         return out.permute(0, 4, 1, 2, 3)
 
     def as_conv2d(self, clip):
-        padded = F.pad(clip[0], (0, 0, 0, 0, 1, 1))
-        stacks = padded.unfold(1, 3, 1).permute(1, 2, 3, 4, 0)  # (T, H, W, 3, C)
-        stacks = stacks.flatten(3).permute(0, 3, 1, 2)
+        padded = F.pad(clip[0].transpose(0, 1), (0, 0, 0, 0, 0, 0, 1, 1))
+        stacks = torch.cat([padded[:-2], padded[1:-1], padded[2:]], dim=1)  # (T, 3 C, H, W)
+        stacks = stacks.contiguous(memory_format=torch.channels_last)
         weight = self.weight.transpose(1, 2).flatten(1, 2)
         out = F.conv2d(stacks, weight, self.bias, self.stride[1:], padding=1)
         # not out[None]: its stride misleads the batch norm's backward
