@@ -1202,27 +1202,24 @@ def place_joints(angles, build, front, held):
     """
     angles[:, 1] += angles[:, 0]  # the head goes along with the torso
     limbs = 1j * np.exp(-1j * np.radians(angles))
+    limbs[:, :2] = limbs[:, :2].conj()  # torso and head count from upright
     if front:
         limbs[:, 2:, FAR] = -limbs[:, 2:, FAR].conj()  # outward is -x on the right side
         limbs[:, 6] = np.array([0.3, -0.3]) + 0.3j  # the feet point at us
-    torso, head, upper_arm, forearm, thigh, shin, foot = np.moveaxis(limbs, 1, 0)
-    bones = {
-        "spine": build[0] * torso.conj(),
-        "crown": head.conj(),
-        "gaze": head.conj() * (-1 if front else 1j - 0.5),
-        # in a side view the far side is just a little ahead
-        "across": 1j * torso.conj() * ([1, -1] if front else [-0.12, 0.12]),
-        "upper_arm": build[1] * upper_arm,
-        "forearm": build[1] * forearm,
-        "dumbbell": -1j * forearm,
-        "thigh": build[2] * thigh,
-        "shin": build[2] * shin,
-        "foot": foot,
-    }
-    joints = {"pelvis": 0 * torso}
+    names = "spine crown upper_arm forearm thigh shin foot".split()
+    bones = dict(zip(names, np.moveaxis(limbs, 1, 0), strict=True))
+    # in a side view the far side is just a little ahead
+    bones["across"] = 1j * bones["spine"] * ([1, -1] if front else [-0.12, 0.12])
+    bones["gaze"] = bones["crown"] * (-1 if front else 1j - 0.5)
+    bones["dumbbell"] = -1j * bones["forearm"]
+
+    torso, arm, leg = build
+    sizes = {"spine": torso, "upper_arm": arm, "forearm": arm, "thigh": leg, "shin": leg}
+    joints = {"pelvis": 0 * bones["spine"]}
     flesh = {}
     for joint, parent, bone, length, around in SKELETON:
-        joints[joint] = joints[parent] + float(length) * bones[bone]
+        size = float(length) * sizes.get(bone, 1)
+        joints[joint] = joints[parent] + size * bones[bone]
         flesh[joint] = float(around)
 
     # of the two sides the rearmost counts: numpy compares complex numbers by x first
