@@ -12,6 +12,7 @@ To add a network, write a function that builds it and one row of MODELS.
 
 import copy
 import math
+import re
 import socket
 from collections import OrderedDict, namedtuple
 from itertools import pairwise
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.models import MobileNet_V2_Weights
 from torchvision.models.video import R3D_18_Weights, r3d_18
 from torchvision.transforms.v2.functional import normalize, to_dtype
 
@@ -41,6 +43,8 @@ MODES = ("standard", "high_temporal")
 # (mean, standard deviation) of red, green and blue, for pixels in 0..1
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 KINETICS = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)
+# of okankop/Efficient-3DCNNs, which takes this mean from pixels in 0..255 and does not divide
+EFFICIENT_3DCNNS = (114.7748 / 255, 107.7354 / 255, 99.4750 / 255), (1 / 255, 1 / 255, 1 / 255)
 
 
 # ------------------------------------------------------------------------------------ the networks
@@ -199,11 +203,15 @@ def pretrained_resnet(num_classes, mode, width_mult):
 # ---------------------------------------------------------------------------- the table of networks
 
 # build: called with num_classes, mode and width_mult, gives a VideoClassifier with random weights;
-# pretrained: the weights that torchvision offers for it, None if there are none.
-Network = namedtuple("Network", "build pretrained")
+# pretrained: the weights that torchvision offers for it, None if there are none;
+# always: whether `auto` takes them in debug and at any width, too, not for a full training alone.
+Network = namedtuple("Network", "build pretrained always", defaults=[True])
 
+# V1, not V2: V2 is 0.3 points better on ImageNet, but was trained with label smoothing and mixup,
+# and features made so transfer worse (Kornblith et al., 2021, arXiv:2010.16402). Neither was at
+# hand to measure; the recipe of Trainer.py was found with a network that was trained as V1 was.
 MODELS = {
-    "mobilenet_v2_3d": Network(SparseModel, None),
+    "mobilenet_v2_3d": Network(SparseModel, MobileNet_V2_Weights.IMAGENET1K_V1, always=False),
     "pretrained_resnet": Network(pretrained_resnet, R3D_18_Weights.KINETICS400_V1),
 }
 
@@ -256,6 +264,11 @@ def pick_device(name):
 # ------------------------------------------------------------------------------- trained weights
 
 
+# words of --weights: the data sets of torchvision's weights
+DATA_SETS = {"imagenet": "ImageNet", "kinetics": "Kinetics"}
+TIMEOUT = 30  # seconds; torch.hub sets none and would wait on a dead network for minutes
+
+
 def weights_file(name):
     """Where torchvision looks for the weights of a network before it downloads them, or None."""
     pretrained = MODELS[name].pretrained
@@ -264,15 +277,23 @@ def weights_file(name):
     return Path(torch.hub.get_dir(), "checkpoints", Path(pretrained.url).name)
 
 
+def auto_weights(name, width_mult=1.0, debug=False):
+    """The word that --weights auto stands for: that of what torchvision offers, or "none"."""
+    network = MODELS[name]
+    partly = debug or width_mult != 1.0
+    if network.pretrained is None or (partly and not network.always):
+        return "none"
+    return re.match("imagenet|kinetics", network.pretrained.name.lower())[0]
+
+
 def read_state(source, pretrained=None):
-    """The dict in a file saved by torch; for "kinetics" `pretrained`, from its file or the network.
+    """The dict in a file saved by torch, or `pretrained`, from torchvision's file or the network.
 
     Raises OSError if there is no such file or network, ValueError if the file is something else.
     """
     try:
-        if source == "kinetics":
-            # seconds; torch.hub sets none and would wait on a dead network for minutes
-            socket.setdefaulttimeout(30)
+        if pretrained:
+            socket.setdefaulttimeout(TIMEOUT)
             return pretrained.get_state_dict(check_hash=True, weights_only=True)
         return dict(torch.load(source, map_location="cpu", weights_only=True))
     except OSError:
@@ -281,32 +302,72 @@ def read_state(source, pretrained=None):
         raise ValueError(f"{source} is damaged, or not a file of weights saved by torch") from error
 
 
+def inflate(kernel, conv):
+    """Kernel of a 2D convolution (C_out, C_in, h, w) -> of the 3D one that takes its place.
+
+    A still clip gets the values of the 2D network, and every frame counts alike: where the stride
+    halves time, as the mean of the two frames that meet. The middle frame alone would there drop
+    each second one, in the end all but the first; a mean of all three loses the ends to padding.
+    """
+    taps = torch.zeros(conv.kernel_size[0], 1, 1)
+    if conv.stride[0] == 2:
+        taps[1:] = 0.5
+    else:
+        taps[len(taps) // 2] = 1.0
+    return kernel[:, :, None] * taps
+
+
+def fill_stages(model, file):
+    """Load the stages of a model from the dict of a file, one of the kinds of `load_weights`."""
+    state = file.get("model", file.get("state_dict", file))
+    stages = {}
+    for name, value in state.items():
+        name = name.removeprefix("module.").removeprefix("features.")
+        if not name.startswith(("fc.", "classifier.")):
+            stages[name] = value
+    if "mean" in file:
+        model.mean = tuple(file["mean"])
+        model.std = tuple(file["std"])
+    if "state_dict" in file:
+        # Efficient-3DCNNs: other names, in the same order
+        stages = dict(zip(model.features.state_dict(), stages.values(), strict=True))
+        model.mean, model.std = EFFICIENT_3DCNNS
+    for name, value in stages.items():
+        if value.ndim == 4:
+            conv = model.features.get_submodule(name.removesuffix(".weight"))
+            stages[name] = inflate(value, conv)
+    model.features.load_state_dict(stages)
+
+
 def load_weights(model, weights):
     """Fill the stages of a model of `build_model`; the new linear layer stays as it is.
 
     Args:
-        weights: "none"; "kinetics", those of torchvision; "auto", kinetics where the table has
-            them and else none; or the path of a state dict of torchvision's network or of a
-            checkpoint of Trainer.py.
-    Returns what was loaded: "none", "kinetics" or the path, as text.
+        weights: "none"; "imagenet" or "kinetics", what torchvision offers for this network;
+            "auto", as `auto_weights` says; or the path of a checkpoint of Trainer.py, of a state
+            dict of torchvision's network, for mobilenet_v2_3d the 2D one, which is inflated, or of
+            a 3D MobileNetV2 of okankop/Efficient-3DCNNs.
+    Returns what was loaded: the word or the path, as text. The model's mean and std become those
+    that the weights of a checkpoint or of Efficient-3DCNNs were trained with.
     Raises OSError if the weights can't be had, ValueError if they don't fit this network.
     """
-    pretrained = MODELS[model.name].pretrained
+    width = model.args["width_mult"]
     if weights == "auto":
-        weights = "none" if pretrained is None else "kinetics"
+        weights = auto_weights(model.name, width)
     if weights == "none":
         return "none"
-    if weights == "kinetics" and pretrained is None:
-        raise ValueError(f"there are no Kinetics weights for {model.name}: use --weights none")
+    pretrained = None
+    if weights in DATA_SETS:
+        name = DATA_SETS[weights]
+        if weights != auto_weights(model.name):
+            raise ValueError(f"there are no {name} weights for {model.name}: use --weights none")
+        if weights != auto_weights(model.name, width):
+            raise ValueError(f"the {name} weights are of width 1.0, not {width:g}")
+        pretrained = MODELS[model.name].pretrained
     state = read_state(weights, pretrained)
     try:
-        state = state.get("model", state)
-        heads = ("fc.", "classifier.")
-        stages = {
-            k.removeprefix("features."): v for k, v in state.items() if not k.startswith(heads)
-        }
-        model.features.load_state_dict(stages)
-    except (RuntimeError, TypeError, AttributeError) as error:
+        fill_stages(model, state)
+    except (RuntimeError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"the weights {weights} do not fit {model.name}: use --weights none or another file"
         ) from error

@@ -45,8 +45,10 @@ from Dataset import (
     write_png,
 )
 from SparseModel import (
+    DATA_SETS,
     MODELS,
     MODES,
+    auto_weights,
     build_model,
     fold_batch_norm,
     load_checkpoint,
@@ -119,7 +121,12 @@ def add_model_flags(add):
         default=1.0,
         help="mobilenet_v2_3d: channels",
     )
-    add("--weights", type=str, default="auto", help="none, kinetics, a file; auto: kinetics if any")
+    add(
+        "--weights",
+        type=str,
+        default="auto",
+        help="none, a file; auto: imagenet or kinetics",
+    )
     add("--freeze", **SWITCH, default=False, help="train the last linear layer alone")
 
 
@@ -343,24 +350,28 @@ def start_model(args, data):
     checkpoint = new_checkpoint(model, data.classes, args.size, args.clip_len, args.clip_fps)
     train = video_names(data, data.train_set)
     checkpoint["split"] = {"train": train, "val": video_names(data, data.val_set)}
-    place = weights_file(args.model) or args.weights
-    with user_errors(f"--weights {args.weights}: put it at {place}, or use --weights none: "):
+    wanted = args.weights
+    if wanted == "auto":
+        wanted = auto_weights(args.model, args.width_mult, args.debug)
+    with user_errors(f"--weights {args.weights}: "):
         try:
-            checkpoint["weights"] = load_weights(model, args.weights)
-        except OSError:
+            checkpoint["weights"] = load_weights(model, wanted)
+        except OSError as error:
             if args.weights != "auto":
-                raise
+                place = weights_file(args.model) if wanted in DATA_SETS else wanted
+                raise OSError(f"put it at {place}, or use --weights none: {error}") from error
     return model, checkpoint
 
 
 def warning(args, checkpoint):
-    """For the user, if there are trained weights for the network that could not be had; else ""."""
-    place = weights_file(args.model)
-    if place is None or args.weights != "auto" or checkpoint["weights"] != "none":
+    """For the user, if trained weights were to be had by default and could not be; else ""."""
+    wanted = auto_weights(args.model, args.width_mult, args.debug)
+    if args.weights != "auto" or checkpoint["weights"] == wanted:
         return ""
     return (
-        "*** The Kinetics-400 weights could not be had: RANDOM weights need far more videos.\n"
-        f"*** To change that, put the file at {place}\n"
+        f"*** The {DATA_SETS[wanted]} weights could not be had: RANDOM weights need far more "
+        f"videos.\n*** To change that, put the file {MODELS[args.model].pretrained.url}\n"
+        f"*** at {weights_file(args.model)}\n"
     )
 
 
@@ -710,7 +721,8 @@ def main(argv=None):
         check_data(args, data, checkpoint)
         processes.say(f"from       {source(args)}, epoch {checkpoint['epoch']}: {fixed(args)}")
     else:
-        model, checkpoint = start_model(args, data)
+        with processes.first():  # it downloads, the others find the file
+            model, checkpoint = start_model(args, data)
     model.to(processes.device)
     args.micro_batch = pick_micro_batch(args, model, processes)
     if args.evaluate:

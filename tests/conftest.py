@@ -16,6 +16,15 @@ CLASSES = ["no_exercise", "plank", "squat"]
 
 torch.set_num_threads(2)
 
+# Trainings start from weights of torchvision by default: no test reaches the network
+OFFLINE = {"https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def without_weights(tmp_path_factory):
+    """No test finds weights in the cache of the machine, nor downloads any."""
+    os.environ.update(OFFLINE, TORCH_HOME=str(tmp_path_factory.mktemp("torch_home")))
+
 
 def write_video(path, frames, fps=30, fourcc="mp4v"):
     """Dataset.write_video that makes the folders on the way; frames: uint8 (T, H, W, 3) in BGR."""
@@ -26,11 +35,10 @@ def write_video(path, frames, fps=30, fourcc="mp4v"):
 def run(script, *arguments, cwd=ROOT, **environment):
     """Run a script of the project as a user does, without a way to the network."""
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-    closed = {"https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
     return subprocess.run(
         command,
         cwd=cwd,
-        env=os.environ | closed | environment,
+        env=os.environ | environment,
         capture_output=True,
         text=True,
     )

@@ -1,6 +1,7 @@
 """The networks: shapes, values and gradients, weights, checkpoints, fast convolutions."""
 
 import math
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -13,6 +14,7 @@ import torch
 from conftest import CLASSES, ROOT, lively, relative
 from torch import nn
 from torch.nn import functional as F
+from torchvision.models import MobileNet_V2_Weights, mobilenet_v2, resnet18
 from torchvision.models.video import MC3_18_Weights, mc3_18, r3d_18
 
 import SparseModel as module
@@ -368,15 +370,196 @@ def test_without_cache_and_network_the_kinetics_weights_are_an_oserror(hub, weig
         load_weights(build_model("pretrained_resnet", 5), weights)
 
 
-def test_mobilenet_has_no_kinetics_weights(hub):
-    model = build_model("mobilenet_v2_3d", 5)
+def test_what_auto_means_follows_from_network_width_and_debug():
+    assert module.auto_weights("mobilenet_v2_3d") == "imagenet"
+    assert module.auto_weights("mobilenet_v2_3d", width_mult=0.5) == "none"
+    assert module.auto_weights("mobilenet_v2_3d", debug=True) == "none"
+    assert module.auto_weights("pretrained_resnet", width_mult=0.5, debug=True) == "kinetics"
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "weights", "said"),
+    [
+        ("mobilenet_v2_3d", 1.0, "kinetics", "no Kinetics weights for mobilenet_v2_3d"),
+        ("pretrained_resnet", 1.0, "imagenet", "no ImageNet weights for pretrained_resnet"),
+        ("mobilenet_v2_3d", 0.5, "imagenet", "the ImageNet weights are of width 1.0, not 0.5"),
+    ],
+)
+def test_weights_of_another_network_or_width_are_refused(hub, name, width, weights, said):
+    with pytest.raises(ValueError, match=said):
+        load_weights(build_model(name, 5, width_mult=width), weights)
+
+
+@pytest.mark.parametrize(("width", "weights"), [(1.0, "none"), (0.5, "auto")])
+def test_a_network_that_starts_from_nothing_stays_as_it_is(hub, width, weights):
+    model = build_model("mobilenet_v2_3d", 5, width_mult=width)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    assert weights_file("mobilenet_v2_3d") is None
-    assert load_weights(model, "auto") == "none"
-    assert load_weights(model, "none") == "none"
+    assert load_weights(model, weights) == "none"
     assert_same_tensors(model.state_dict(), before)
-    with pytest.raises(ValueError, match="no Kinetics weights for mobilenet_v2_3d"):
-        load_weights(model, "kinetics")
+
+
+def lively_2d():
+    """torchvision's network with random weights whose features depend on the picture."""
+    torch.manual_seed(0)
+    net = mobilenet_v2()
+    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        nn.init.normal_(norm.bias, 0, 0.2)
+        norm.momentum = None
+    with torch.no_grad():
+        net(torch.randn(8, 3, 96, 96))
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def image_network(tmp_path_factory):
+    """(2D network, path of its state dict)."""
+    net = lively_2d()
+    path = tmp_path_factory.mktemp("weights") / "mobilenet_v2.pth"
+    torch.save(net.state_dict(), path)
+    return net, path
+
+
+def inflated(image_network, mode):
+    model = build_model("mobilenet_v2_3d", 5, mode)
+    load_weights(model, image_network[1])
+    return model.eval()
+
+
+@pytest.mark.parametrize("mode", module.MODES)
+def test_a_still_clip_gives_the_features_of_the_2d_network(image_network, mode):
+    pictures = torch.randn(2, 3, 96, 64)
+    clips = pictures[:, :, None].expand(-1, -1, 16, -1, -1)
+    with torch.no_grad():
+        expected = image_network[0].features(pictures)
+        found = inflated(image_network, mode).features(clips)
+    assert expected.std() > 0.1
+    assert (found - expected[:, :, None]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("mode", module.MODES)
+def test_every_frame_has_an_even_share_of_the_gradient_of_an_inflated_network(image_network, mode):
+    clips = torch.randn(2, 3, 16, 64, 64, requires_grad=True)
+    model = inflated(image_network, mode)
+    model.pool(model.features(clips)).square().sum().backward()
+    share = clips.grad.abs().sum((0, 1, 3, 4))
+    share = 16 * share / share.sum()
+    assert share.min() > 0.5
+    assert share.max() < 1.5
+
+
+def test_imagenet_weights_are_found_under_torchvisions_name(hub, image_network):
+    net, path = image_network
+    state = {k: v for k, v in net.state_dict().items() if not k.startswith("classifier")}
+    place = weights_file("mobilenet_v2_3d")
+    assert place.name == MobileNet_V2_Weights.IMAGENET1K_V1.url.rsplit("/")[-1]
+    place.parent.mkdir(parents=True)
+    torch.save(state, place)
+    model = build_model("mobilenet_v2_3d", 5)
+    assert load_weights(model, "auto") == "imagenet"
+    assert_same_tensors(
+        model.features.state_dict(), inflated(image_network, "standard").features.state_dict()
+    )
+
+
+def test_2d_weights_of_another_network_do_not_fit(tmp_path, image_network):
+    torch.save(resnet18().state_dict(), tmp_path / "resnet.pth")
+    with pytest.raises(ValueError, match="do not fit mobilenet_v2_3d"):
+        load_weights(build_model("mobilenet_v2_3d", 5), tmp_path / "resnet.pth")
+    with pytest.raises(ValueError, match="do not fit mobilenet_v2_3d"):
+        load_weights(build_model("mobilenet_v2_3d", 5, width_mult=0.5), image_network[1])
+
+
+def test_a_server_that_does_not_answer_is_left_after_the_time_out(monkeypatch):
+    monkeypatch.setattr(module, "TIMEOUT", 0.1)
+    before = socket.getdefaulttimeout()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setenv("https_proxy", address)
+        try:
+            with pytest.raises(OSError, match="timed out"):
+                load_weights(build_model("mobilenet_v2_3d", 5), "auto")
+        finally:
+            socket.setdefaulttimeout(before)
+
+
+class EfficientBlock(nn.Module):
+    """A block as okankop/Efficient-3DCNNs names it: its layers in one flat sequence."""
+
+    def __init__(self, c_in, c_out, stride, expansion):
+        super().__init__()
+        hidden = c_in * expansion
+        self.adds = stride == 1 and c_in == c_out
+        layers = []
+        if expansion > 1:
+            layers += [nn.Conv3d(c_in, hidden, 1, bias=False), nn.BatchNorm3d(hidden), nn.ReLU6()]
+        layers += [
+            nn.Conv3d(hidden, hidden, 3, stride, padding=1, groups=hidden, bias=False),
+            nn.BatchNorm3d(hidden),
+            nn.ReLU6(),
+            nn.Conv3d(hidden, c_out, 1, bias=False),
+            nn.BatchNorm3d(c_out),
+        ]
+        self.conv = nn.Sequential(*layers)
+
+    def forward(self, x):
+        return x + self.conv(x) if self.adds else self.conv(x)
+
+
+class EfficientMobileNet(nn.Module):
+    """The 3D MobileNetV2 of okankop/Efficient-3DCNNs in plain torch, written by its names."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        stem = nn.Conv3d(3, 32, 3, (1, 2, 2), padding=1, bias=False)
+        stages = [nn.Sequential(stem, nn.BatchNorm3d(32), nn.ReLU6())]
+        channels = 32
+        for t, c, n, s in module.inverted_residual_setting:
+            for i in range(n):
+                stages.append(EfficientBlock(channels, c, 1 if i else s, t))
+                channels = c
+        last = nn.Conv3d(channels, 1280, 1, bias=False)
+        stages.append(nn.Sequential(last, nn.BatchNorm3d(1280), nn.ReLU6()))
+        self.features = nn.Sequential(*stages)
+        self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(1280, num_classes))
+
+    def forward(self, clips):
+        return self.classifier(self.features(clips).mean((2, 3, 4)))
+
+
+def test_the_3d_network_of_efficient_3dcnns_gives_its_own_logits(tmp_path):
+    torch.manual_seed(0)
+    theirs = nn.DataParallel(EfficientMobileNet(7))
+    for norm in theirs.modules():
+        if isinstance(norm, nn.BatchNorm3d):
+            nn.init.normal_(norm.bias, 0, 0.2)
+            norm.momentum = None
+    clips = torch.randint(256, (2, 16, 3, 48, 64), dtype=torch.uint8)
+    # as its own data loader does: RGB, 0..255, minus a mean, not divided
+    mean = torch.tensor([114.7748, 107.7354, 99.4750]).view(3, 1, 1, 1)
+    pixels = clips.transpose(1, 2) - mean
+    with torch.no_grad():
+        theirs(pixels)
+        expected = theirs.eval()(pixels)
+    file = {"epoch": 9, "arch": "mobilenetv2", "state_dict": theirs.state_dict()}
+    torch.save(file, tmp_path / "kinetics.pth")
+
+    ours = build_model("mobilenet_v2_3d", 7)
+    load_weights(ours, tmp_path / "kinetics.pth")
+    ours.classifier.load_state_dict(theirs.module.classifier.state_dict())
+    kept = new_checkpoint(ours, "abcdefg", (64, 48), 16, 8.0)
+    torch.save(kept, tmp_path / "kept.pt")
+    again, _ = load_checkpoint(tmp_path / "kept.pt")  # the pixels are of the checkpoint as well
+    torch.testing.assert_close(again.prepare(clips), pixels, atol=1e-3, rtol=0)
+    with torch.no_grad():
+        found = again(pixels)
+    assert expected.std() > 0.01
+    assert relative(found, expected) < 1e-4
+
+    third = build_model("mobilenet_v2_3d", 2)  # and so they are when it is a start in turn
+    load_weights(third, tmp_path / "kept.pt")
+    assert third.mean == again.mean
+    assert third.std == again.std
 
 
 def test_a_checkpoint_is_a_source_of_weights_only_for_its_own_network(hub, checkpoints):

@@ -650,6 +650,21 @@ def test_kinetics_weights_come_from_the_cache_or_their_absence_is_said_loudly(fo
     assert load(saved)["weights"] == "kinetics"
 
 
+def test_a_training_without_the_imagenet_weights_says_so_twice_and_goes_on(
+    folder, tmp_path, capsys
+):
+    flags = [*TINY, "--data", folder, "--epochs", "1", "--checkpoint-dir", tmp_path]
+    train(*flags)
+    start, end = capsys.readouterr().out.split("epoch 1:")
+    for said in (start, end):
+        assert "ImageNet weights could not be had: RANDOM weights" in said
+        assert "mobilenet_v2-b0353104.pth\n" in said
+    assert load(tmp_path / "last.pt")["weights"] == "none"
+    for quiet in (["--weights", "none"], ["--width-mult", "0.5"]):
+        train(*flags, *quiet)
+        assert "RANDOM" not in capsys.readouterr().out
+
+
 VIDEOS_BREAK = """
 import sys, runpy, Dataset
 setup = Dataset.ExerciseVideoDataModule.setup
@@ -684,6 +699,8 @@ def test_a_video_that_breaks_later_is_named_without_a_traceback(folder, tmp_path
         (["--weights", "missing.pth"], ["missing.pth", "--weights none"]),
         (["--weights", "text.pth"], ["text.pth"]),
         (["--weights", "kinetics"], ["no Kinetics weights for mobilenet_v2_3d"]),
+        (["--weights", "imagenet"], ["mobilenet_v2-b0353104.pth", "--weights none"]),
+        (["--weights", "imagenet", "--width-mult", "0.5"], ["of width 1.0, not 0.5"]),
         (["--device", "cuda:99"], ["cuda:99"]),
         (["--checkpoint-dir", "text.pth/x"], ["text.pth", "can't be saved"]),
         (["--evaluate", "missing.pt"], ["missing.pt", "can't be read"]),
