@@ -604,8 +604,8 @@ def parse_args():
     add("--stride", type=int, help="frames from window to window; None: half a clip")
     add("--output", type=Path, help=".webm (for browsers), .mp4, or a folder; None: here")
     add("--force", **switch, help="overwrite results that exist")
-    add("--npy", **switch, help="write the maps as numbers, too: <output>.npz, see README.md")
-    add("--check", **switch, help="test whether to believe the maps, see HeatMap.py's first lines")
+    add("--npy", **switch, help="write the maps as numbers to <output>.npz, too")
+    add("--check", **switch, help="test whether to believe the maps")
     add("--device", default="auto", help="cuda, mps or cpu; auto: the first that is there")
     return parser.parse_args()
 
