@@ -652,7 +652,9 @@ def ask(args):
     """The Question for the network of a checkpoint."""
     path = args.checkpoint
     if path is None:
-        saved = [path for path in Path("checkpoints").glob("*.pt") if path.name != "last.pt"]
+        # last.pt is for --resume; a .part.pt is being written, or was left by a kill
+        found = Path("checkpoints").glob("*.pt")
+        saved = [path for path in found if path.name != "last.pt" and path.suffixes == [".pt"]]
         if not saved:
             command = "python Trainer.py --debug False"
             raise UserError(f"there is no checkpoint in checkpoints/: make one with {command}")

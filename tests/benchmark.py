@@ -51,7 +51,14 @@ from Dataset import (
     write_video,
 )
 from HeatMap import explain
-from SparseModel import IMAGENET, FastConv3d, SparseModel, fold_batch_norm, load_checkpoint
+from SparseModel import (
+    IMAGENET,
+    FastConv3d,
+    SparseModel,
+    build_model,
+    fold_batch_norm,
+    load_checkpoint,
+)
 from Trainer import DEMO, Processes, evaluate, keep_freed_memory
 
 DEMO_FPS = 30  # of render_demo_video
@@ -143,7 +150,7 @@ def model(args):
         clips = torch.randn(case.batch, 3, 16, case.height, case.width, device=args.device)
         labels = torch.randint(17, (case.batch,), device=args.device)
         usual = plain(case.mode).to(args.device)
-        ours = SparseModel(mode=case.mode).to(args.device)
+        ours = build_model("mobilenet_v2_3d", 17, case.mode).to(args.device)
         calls = {
             "plain": partial(train_step, usual, clips, labels),
             "ours": partial(train_step, ours, clips, labels),
@@ -460,7 +467,7 @@ def grad_cam(net, layer):
 def heatmap(args, layer=13):
     """Two windows of a 300x400 video, a second apart as by default, from clips to maps."""
     torch.manual_seed(0)
-    ours = SparseModel().eval()
+    ours = build_model("mobilenet_v2_3d", 17).eval()
     usual = plain().eval()
     usual.load_state_dict(ours.state_dict())
     for module in usual.modules():
