@@ -15,6 +15,7 @@ augmentation goes into `TrainTransform`. The demo data set, which nothing else n
 
 import argparse
 import csv
+import difflib
 import filecmp
 import json
 import math
@@ -63,6 +64,17 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         super().__init__(prog, max_help_position=30, width=100, **options)
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    """Says a mistake in one line, with the flag that was meant, instead of 20 lines of usage."""
+
+    def error(self, message):
+        flag = message.removeprefix("unrecognized arguments: ").split()[0].split("=")[0]
+        meant = difflib.get_close_matches(flag, self._option_string_actions, 1)
+        if meant:
+            message += f" (did you mean {meant[0]}?)"
+        self.exit(2, f"{self.prog}: {message}; --help lists all flags\n")
+
+
 def boolean(text):
     """argparse type; its own type=bool takes any text, "False" too, for true."""
     if text.lower() in ("true", "yes", "1"):
@@ -75,11 +87,13 @@ def boolean(text):
 def between(low, high=math.inf, kind=int):
     """argparse type: a finite number of the type `kind` from `low` to `high`."""
 
+    limits = f"between {low} and {high}" if math.isfinite(high) else f"{low} or more"
+
     def number(text):
         value = kind(text)
         if math.isfinite(value) and low <= value <= high:
             return value
-        raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        raise argparse.ArgumentTypeError(f"{text} is not {limits}")
 
     number.__name__ = kind.__name__  # argparse names it in the message for text that is no number
     return number
@@ -121,22 +135,28 @@ def write_png(path, picture):
 
 
 def run_script(main, name, stopped):
-    """Call main() and exit: 2 and one sentence for a UserError, 130 and `stopped` for Ctrl-C.
+    """Call main() and exit: 2 and one sentence for a UserError, 130 and one for Ctrl-C.
 
-    SIGTERM, which clusters and containers send before they kill, is taken for Ctrl-C.
+    The sentence for Ctrl-C is that of main's KeyboardInterrupt, else `stopped`. SIGTERM, which
+    clusters and containers send before they kill, is taken for Ctrl-C.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         # from a loader process it comes with a traceback in front of the sentence
         sentence = str(error).splitlines()[-1].removeprefix("Dataset.UserError: ")
         sys.stderr.write(f"{name}: {sentence}\n")
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if os.environ.get("RANK", "0") == "0":  # torchrun's processes say it once
-            sys.stderr.write(f"\n{name}: {stopped}\n")
+            sys.stderr.write(f"\n{name}: {str(stop) or stopped}\n")
         sys.exit(130)
+    except BrokenPipeError:
+        # `| head` has read enough; what is still to be written would fail again at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # as a shell counts a broken pipe
 
 
 # --------------------------------------------------------------------------------- file to frames

@@ -1,8 +1,8 @@
 """Where and when a network looked: class activation maps of videos, and whether to believe them.
 
-    python HeatMap.py --video clip.mp4                                          # clip_hirescam.webm
-    python HeatMap.py --video clip.mp4 --method gradcam,hirescam --layer all    # every stage, both
-    python HeatMap.py --video my_videos/val --output results --check            # with verdicts
+    python HeatMap.py clip.mp4                                                  # clip_hirescam.webm
+    python HeatMap.py clip.mp4 --method gradcam,hirescam --layer all            # every stage, both
+    python HeatMap.py my_videos/val --output results --check                    # with verdicts
 
 Method. Windows of the checkpoint's clip length and rate slide over the video. y is the logit of the
 class, A_c (T', H', W') a channel of the output of a stage. Grad-CAM (Selvaraju et al., 2017,
@@ -30,7 +30,6 @@ Limits: a blurred clip is no natural one, and classes of stillness gain by blurr
 passes shows what raised this network's score, not what a coach would look at.
 """
 
-import argparse
 import math
 import os
 import sys
@@ -50,6 +49,7 @@ from tqdm import tqdm
 
 from Dataset import (
     CONTAINERS,
+    ArgumentParser,
     ClipFormat,
     HelpFormatter,
     UserError,
@@ -593,10 +593,11 @@ def render(path, output, found, size, classes):
 
 def parse_args():
     commands = "\n\n".join(__doc__.split("\n\n")[:2])
-    parser = argparse.ArgumentParser(description=commands, formatter_class=HelpFormatter)
+    parser = ArgumentParser(description=commands, formatter_class=HelpFormatter)
     switch = dict(type=boolean, nargs="?", const=True, default=False, metavar="True|False")
     add = parser.add_argument
-    add("--video", type=Path, nargs="+", required=True, help="videos, or folders of videos")
+    add("videos", type=Path, nargs="*", help="videos, or folders of videos")
+    add("--video", type=Path, nargs="+", default=[], help="the same, as a flag")
     add("--method", default="hirescam", help="gradcam, hirescam, or both with a comma")
     add("--checkpoint", type=Path, help="made by Trainer.py; None: the newest in checkpoints/")
     add("--target-class", help="name or index of the class; None: the predicted one")
@@ -607,7 +608,11 @@ def parse_args():
     add("--npy", **switch, help="write the maps as numbers to <output>.npz, too")
     add("--check", **switch, help="test whether to believe the maps")
     add("--device", default="auto", help="cuda, mps or cpu; auto: the first that is there")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.video += args.videos
+    if not args.video:
+        parser.error("which video? As in: python HeatMap.py clip.mp4")
+    return args
 
 
 def choose(name, names, what):

@@ -16,6 +16,7 @@ import ctypes
 import math
 import os
 import re
+import shlex
 import sys
 import time
 from collections import Counter
@@ -32,6 +33,7 @@ from torch import nn
 from tqdm import tqdm
 
 from Dataset import (
+    ArgumentParser,
     ClipFormat,
     ExerciseVideoDataModule,
     HelpFormatter,
@@ -102,7 +104,8 @@ def add_data_flags(add):
         "--clip-fps", type=between(0.1, kind=float), default=8.0, help="frames per second of a clip"
     )
     add("--background-ratio", type=SHARE, default=0.3, help="recordings: no_exercise kept")
-    add("--workers", type=NUMBER, default=4, help="loader processes; 0 in debug mode")
+    cores = os.cpu_count()
+    add("--workers", type=NUMBER, default=min(4, cores), help="loader processes; debug: 0")
     add("--cache-gb", type=REAL, default=tenth, help="RAM for decoded frames; 0 in debug mode")
 
 
@@ -150,7 +153,7 @@ def add_training_flags(add):
 
 def parse_args(argv=None, saved=None):
     """The flags; those that are not given are as in `saved`, else as the help says."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         usage="python Trainer.py [--flag value] ...",
         description=__doc__,
         formatter_class=TypeHelpFormatter,
@@ -171,8 +174,10 @@ def settings(argv):
     The file also holds the flags of its run. Some it fixes, the others hold where none is given.
     """
     args = parse_args(argv)
-    if not args.evaluate and not (args.resume and source(args).exists()):
+    if not args.evaluate and not args.resume:
         return args, None, None
+    if not args.evaluate and not source(args).exists():
+        raise UserError(f"there is no {source(args)} to go on with: start without --resume")
     with user_errors():
         model, checkpoint = load_checkpoint(source(args))
     saved = remembered(checkpoint["args"])
@@ -389,8 +394,6 @@ def describe(args, data, checkpoint, processes):
     say(f"clips      {args.clip_len} frames, {args.clip_fps:g} per second, {args.size} (W, H)")
     say(f"network    {args.model}, weights: {checkpoint['weights']}")
     say(f"device     {processes.world} x {processes.device}, {args.micro_batch} clips at a time")
-    if checkpoint["epoch"] == 0 and source(args).exists():
-        say(f"replaces   the run in {args.checkpoint_dir} (--resume would go on with it)")
     n_classes = len(data.classes)
     loss = math.log(n_classes)
     say(f"{warning(args, checkpoint)}untrained  a loss of about ln({n_classes}) = {loss:.3f}")
@@ -613,6 +616,39 @@ def as_text(figures):
 
 # ------------------------------------------------------------------------------------ keep, report
 
+# What is written beside the checkpoints
+REPORTS = ["metrics.csv", "confusion.csv", "confusion.png"]
+
+
+def move_aside(folder):
+    """Move the files of another run out of the way, to a folder that is named by its last hour."""
+    patterns = ["last.pt", *REPORTS, *(f"{name}*" for name in MODELS)]
+    old = [path for pattern in patterns for path in folder.glob(pattern)]
+    if not old:
+        return
+    ended = time.localtime(max(path.stat().st_mtime for path in old))
+    aside = folder / time.strftime("%Y-%m-%d-%H%M%S", ended)
+    with user_errors("the run before can't be moved aside: "):
+        aside.mkdir()
+        for path in old:
+            path.rename(aside / path.name)
+    print(f"moved      the run before to {aside}")
+
+
+@contextmanager
+def saying_what_is_kept(args, checkpoint):
+    """Ctrl-C in the block says which epochs are kept, and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        epoch = checkpoint["epoch"]
+        if not epoch:
+            text = "stopped in the first epoch: nothing is kept"
+        else:
+            command = shlex.join(["--resume", "--checkpoint-dir", str(args.checkpoint_dir)])
+            text = f"stopped; epoch {epoch} is kept: go on with python Trainer.py {command}"
+        raise KeyboardInterrupt(text) from stop
+
 
 def save(path, checkpoint):
     with replacing(path) as part:
@@ -625,16 +661,17 @@ def keep(checkpoint, figures, confusion, model, optimizer, args):
     The best has the highest mean accuracy per class of the videos; among equals the lower loss.
     """
     folder = args.checkpoint_dir
-    history = checkpoint["history"]
     epoch = checkpoint["epoch"] + 1
-    history.append({"epoch": epoch} | figures)
+    history = [*checkpoint["history"], {"epoch": epoch} | figures]
     flags = remembered(vars(args))
-    checkpoint.update(epoch=epoch, metrics=figures, args=flags, model=model.state_dict())
+    kept = checkpoint | {"epoch": epoch, "history": history, "metrics": figures, "args": flags}
+    kept["model"] = model.state_dict()
     score = [figures["val_video_mean_class"], -figures["val_loss"]]
     if score > checkpoint["best"]:
-        checkpoint.update(best=score, confusion=confusion)
-        save(folder / f"{args.model}.pt", checkpoint)
-    save(folder / "last.pt", checkpoint | {"optimizer": optimizer.state_dict()})
+        kept |= {"best": score, "confusion": confusion}
+        save(folder / f"{args.model}.pt", kept)
+    save(folder / "last.pt", kept | {"optimizer": optimizer.state_dict()})
+    checkpoint.update(kept)
     names = list(history[-1])
     write_csv(folder / "metrics.csv", [names, *(map(row.get, names) for row in history)])
 
@@ -735,17 +772,20 @@ def main(argv=None):
     criterion = start_criterion(args, data, processes.device)
     optimizer = start_optimizer(model, args, checkpoint)
     describe(args, data, checkpoint, processes)
+    if processes.rank == 0 and checkpoint["epoch"] == 0:
+        move_aside(args.checkpoint_dir)
 
-    for epoch in range(checkpoint["epoch"], args.epochs):
-        started = time.time()
-        train_loader.batch_sampler.epoch = epoch
-        figures = train_epoch(model, train_loader, criterion, optimizer, args, processes)
-        validation, confusion = evaluate(model, val_loader, args, processes)
-        figures |= validation
-        figures["seconds"] = time.time() - started
-        processes.say(f"epoch {epoch + 1}: {as_text(figures)}")
-        if processes.rank == 0:
-            keep(checkpoint, figures, confusion, model, optimizer, args)
+    with saying_what_is_kept(args, checkpoint):
+        for epoch in range(checkpoint["epoch"], args.epochs):
+            started = time.time()
+            train_loader.batch_sampler.epoch = epoch
+            figures = train_epoch(model, train_loader, criterion, optimizer, args, processes)
+            validation, confusion = evaluate(model, val_loader, args, processes)
+            figures |= validation
+            figures["seconds"] = time.time() - started
+            processes.say(f"epoch {epoch + 1}: {as_text(figures)}")
+            if processes.rank == 0:
+                keep(checkpoint, figures, confusion, model, optimizer, args)
 
     if processes.rank == 0:
         finish(args, data, checkpoint)
@@ -753,4 +793,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_script(main, "Trainer.py", "stopped; whole epochs are kept: go on with --resume")
+    run_script(main, "Trainer.py", "stopped; only the epochs reported above are kept")

@@ -36,8 +36,10 @@ def write_videos(folder):
 
 def start(folder, name):
     """The run that saves in folder/name, or goes on with what is there."""
-    flags = "--data videos --size 48x64 --batch-size 6 --workers 0 --cache-gb 1 --warmup 5 --resume"
+    flags = "--data videos --size 48x64 --batch-size 6 --workers 0 --cache-gb 1 --warmup 5"
     flags = [*flags.split(), "--epochs", str(EPOCHS), "--checkpoint-dir", name]
+    if (folder / name / "last.pt").exists():
+        flags.append("--resume")
     command = [sys.executable, str(ROOT / "Trainer.py"), *flags]
     errors = open(folder / "errors", "wb")
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=errors)

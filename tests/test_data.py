@@ -21,6 +21,7 @@ from torchvision.transforms import v2
 import Dataset
 from Dataset import (
     DEMO_EXERCISES,
+    ArgumentParser,
     ClipFormat,
     EpochBatches,
     ExerciseVideoDataModule,
@@ -841,8 +842,53 @@ def test_types_of_flags_say_what_they_take():
     assert between(0, 1, float)("0.5") == 0.5
     assert between(1)("7") == 7
     for kind, text in ((int, "-1"), (float, "inf"), (float, "nan")):
-        with pytest.raises(argparse.ArgumentTypeError, match="not between 0 and inf"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is not 0 or more"):
             between(0, kind=kind)(text)
+    with pytest.raises(argparse.ArgumentTypeError, match="2 is not between 0 and 1"):
+        between(0, 1)("2")
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--epohcs", "3"], "unrecognized arguments: --epohcs 3 (did you mean --epochs?)"),
+        (["--epohcs=3"], "(did you mean --epochs?)"),
+        (["--xyz"], "unrecognized arguments: --xyz; --help"),
+        (["--epochs", "x"], "argument --epochs: invalid int value: 'x'; --help"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_that_names_the_one_meant(capsys, flags, said):
+    parser = ArgumentParser("Script.py")
+    parser.add_argument("--epochs", type=int)
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args(flags)
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("Script.py: ")
+    assert said in lines[0]
+
+
+CLOSED_PIPE = """
+import Dataset
+def main():
+    for i in range(100_000):
+        print(i)
+Dataset.run_script(main, "Script.py", "stopped")
+"""
+
+
+def test_a_pipe_that_is_closed_ends_the_script_without_a_word():
+    run = subprocess.Popen(
+        [sys.executable, "-c", CLOSED_PIPE],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+    )
+    assert run.stdout.readline() == b"0\n"
+    run.stdout.close()
+    assert run.stderr.read() == b""
+    assert run.wait() == 141
 
 
 # ------------------------------------------------------------------------------------- debug videos

@@ -612,7 +612,7 @@ def test_script_writes_a_video_like_its_source(tmp_path, video, checkpoints, nam
 
 def test_default_output_is_kept_unless_forced(tmp_path, video, checkpoints, heatmap, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    args = ["--video", video, "--checkpoint", checkpoints[NETWORKS[0]], "--method", "gradcam"]
+    args = [video, "--checkpoint", checkpoints[NETWORKS[0]], "--method", "gradcam"]
     code, _, stderr = heatmap(*args)
     assert code == 0, stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == [
@@ -859,6 +859,14 @@ def test_error_of_the_real_process_is_one_line_and_exit_code_2(tmp_path, checkpo
     done = run("HeatMap.py", *arguments)
     fails_with(done, "empty.mp4")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_call_without_a_video_shows_how_to_name_one(heatmap):
+    code, _, stderr = heatmap()
+    assert code == 2
+    assert stderr.splitlines() == [
+        "HeatMap.py: which video? As in: python HeatMap.py clip.mp4; --help lists all flags"
+    ]
 
 
 def test_checkpoint_round_trip_gives_the_same_logits(checkpoints, models, clips):

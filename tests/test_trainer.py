@@ -105,7 +105,7 @@ def test_the_seed_documents_numbers_are_the_defaults():
     assert args.size == (300, 400)
     assert args.clip_len == 16
     assert args.batch_size == 16
-    assert args.workers == 4
+    assert args.workers == min(4, os.cpu_count())
     assert Trainer.parse_args(["--debug", "True"]).workers == 0
 
 
@@ -396,7 +396,7 @@ def test_a_run_that_was_stopped_and_resumed_ends_with_the_same_weights(
     for n in range(2):
         monkeypatch.setattr(Trainer, "save", killed_after)
         with pytest.raises(KeyboardInterrupt):
-            train(*flags, parts, "--resume", "True")
+            train(*flags, parts, "--resume", str(n > 0))
         assert load(parts / "last.pt")["epoch"] == n + 1
     monkeypatch.setattr(Trainer, "save", real)
     as_before_issue_11(parts / "last.pt")
@@ -453,14 +453,49 @@ def test_a_resumed_run_keeps_what_it_was_begun_with_and_says_so(folder, tmp_path
     assert checkpoint["epoch"] == 2  # given anew
 
 
-def test_a_new_run_says_that_it_replaces_another_and_a_run_with_sgd_cannot_go_on(
-    folder, tmp_path, capsys
-):
+def test_a_new_run_moves_another_aside_with_all_its_files(folder, tmp_path, capsys):
     flags = [*TINY, "--data", folder, "--epochs", "1", "--checkpoint-dir", tmp_path]
     train(*flags)
-    assert "replaces" not in capsys.readouterr().out
+    assert "moved" not in capsys.readouterr().out
+    (tmp_path / "mine.txt").write_text("not of a run")
+    old = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    del old["mine.txt"]
+    train(*flags, "--seed", "1")
+    moved = [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert len(moved) == 1
+    assert {path.name: path.read_bytes() for path in moved[0].iterdir()} == old
+    assert f"moved      the run before to {moved[0]}" in capsys.readouterr().out
+    assert load(tmp_path / "last.pt")["args"]["seed"] == 1
+    assert (tmp_path / "mine.txt").exists()
+
+
+def test_a_run_goes_on_only_where_one_is(tmp_path):
+    with pytest.raises(UserError, match="no .*last.pt to go on with: start without --resume"):
+        train("--resume", "--checkpoint-dir", tmp_path)
+
+
+def test_ctrl_c_says_which_epoch_is_kept_or_that_none_is(folder, tmp_path, monkeypatch):
+    flags = [*TINY, "--data", folder, "--checkpoint-dir", tmp_path / "my runs"]
+    real = Trainer.evaluate
+    epochs = []
+
+    def interrupted_in_the_second(*args):
+        epochs.append(1)
+        if len(epochs) > 1:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(Trainer, "evaluate", interrupted_in_the_second)
+    command = f"python Trainer.py --resume --checkpoint-dir '{tmp_path / 'my runs'}'"
+    with pytest.raises(KeyboardInterrupt, match=f"epoch 1 is kept: go on with {command}"):
+        train(*flags)
+    with pytest.raises(KeyboardInterrupt, match="stopped in the first epoch: nothing is kept"):
+        train(*flags)
+
+
+def test_a_run_with_sgd_cannot_go_on(folder, tmp_path):
+    flags = [*TINY, "--data", folder, "--epochs", "1", "--checkpoint-dir", tmp_path]
     train(*flags)
-    assert f"replaces   the run in {tmp_path} (--resume" in capsys.readouterr().out
     checkpoint = load(tmp_path / "last.pt")
     checkpoint["args"]["optimizer"] = "sgd"
     torch.save(checkpoint, tmp_path / "last.pt")
