@@ -46,6 +46,7 @@ cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 cv2.setNumThreads(0)  # in workers too, which import or inherit this; torch gives each of them one
 
 CONTAINERS = set(".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .wmv .flv .3gp .ts .gif".split())
+PICTURES = set(".jpg .jpeg .png .heic .webp .bmp .tif .tiff".split())
 TOLERANCE = 0.001  # seconds: a frame that starts this much before a time counts as starting then
 GREY = (124, 116, 104)  # ImageNet's mean in RGB, which is about 0 to the network
 
@@ -84,16 +85,14 @@ def boolean(text):
     raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
 
 
-def between(low, high=math.inf, kind=int):
+def between(low, high=10**6, kind=int):
     """argparse type: a finite number of the type `kind` from `low` to `high`."""
-
-    limits = f"between {low} and {high}" if math.isfinite(high) else f"{low} or more"
 
     def number(text):
         value = kind(text)
         if math.isfinite(value) and low <= value <= high:
             return value
-        raise argparse.ArgumentTypeError(f"{text} is not {limits}")
+        raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
 
     number.__name__ = kind.__name__  # argparse names it in the message for text that is no number
     return number
@@ -132,6 +131,48 @@ def write_png(path, picture):
     """Write a picture, uint8 (H, W, 3) in BGR, as PNG that replaces `path` whole."""
     with replacing(path) as part:
         part.write_bytes(cv2.imencode(".png", picture)[1])
+
+
+FONT = cv2.FontFace("sans")
+WHITE = (255, 255, 255)  # BGR, as all pictures that are written
+YELLOW = (0, 220, 255)
+DARK = 24
+
+
+def write(picture, lines, size):
+    """Lines of text, `size` pixels high or less, from the top left corner of a picture."""
+    room = picture.shape[1]
+    step = 3 * size // 2
+    for i, line in enumerate(lines):
+        width = size + cv2.getTextSize((1, 1), line, (0, 0), FONT, size, 500)[2]
+        letters = max(6, int(size * min(1, room / width)))
+        top = i * step
+        strip = picture[top : top + step, :width]
+        strip[:] = DARK
+        cv2.putText(strip, line, (size // 2, int(1.1 * size)), WHITE, FONT, letters, 500)
+
+
+def film(rows, times):
+    """A picture of at most eight moments from left to right: uint8 (H, W, 3) in BGR.
+
+    rows: (text, pictures): a line above, and a picture of each moment, all uint8 (h, w, 3) in BGR
+    and of one size. times: of the moments, in seconds.
+    """
+    step = math.ceil(len(times) / 8)
+    room = min(296, 6000 // len(rows))  # pixels for a picture
+    parts = []
+    for text, pictures in rows:
+        cells = []
+        for picture, time in zip(pictures[::step], times[::step], strict=False):
+            height, width = picture.shape[:2]
+            cell = cv2.resize(picture, (room, room * height // width))
+            write(cell, [f"{time:.1f} s"], 18)
+            cells.append(np.pad(cell, ((0, 0), (0, 4), (0, 0))))
+        line = np.hstack(cells)
+        head = np.full((36, line.shape[1], 3), DARK, np.uint8)
+        write(head, [text], 24)
+        parts += [head, line]
+    return np.vstack(parts)
 
 
 def run_script(main, name, stopped):
@@ -296,6 +337,11 @@ def read_frames(path, times, geometry=None):
     return torch.from_numpy(frames).permute(0, 3, 1, 2)
 
 
+def bgr(frames):
+    """uint8 (T, C, H, W) in RGB, a tensor -> (T, H, W, C) in BGR, an array."""
+    return frames.permute(0, 2, 3, 1).flip(3).numpy()
+
+
 @contextmanager
 def quiet():
     """OpenCV writes to stderr that VP8 has another tag in WebM, though the file is right."""
@@ -377,7 +423,8 @@ def resize(frames, geometry):
 class TrainTransform:
     """Random zoom and shift, mirror, tilt: one draw for all frames of a clip.
 
-    uint8 (T, C, h, w) -> (T, C, H, W). Draws and means what v2.RandomResizedCrop,
+    uint8 (T, C, h, w) -> (T, C, H, W); `outline` (4, 2) is where the corners of the last clip came
+    from, (x, y) in its frames. Draws and means what v2.RandomResizedCrop,
     v2.RandomHorizontalFlip and v2.RandomRotation do one after the other, but in one pass over the
     pixels: the three are one affine map, whose coordinates all frames share.
     """
@@ -396,7 +443,8 @@ class TrainTransform:
         whole = W * H / math.prod(frames.shape[-2:])
         aspects = (0.9 * W / H, 1.1 * W / H)
         zoom = v2.RandomResizedCrop((H, W), scale=(0.6 * whole, whole), ratio=aspects)
-        boxes = crop(frames, **zoom.make_params([frames]))
+        box = zoom.make_params([frames])
+        boxes = crop(frames, **box)
         h, w = boxes.shape[-2:]
         mirror = -1 if torch.rand(1) < 0.5 else 1
         angle = self.rotation.make_params([frames])["angle"]
@@ -405,6 +453,8 @@ class TrainTransform:
         affine = cv2.getRotationMatrix2D((0, 0), -angle, 1)
         affine *= [[mirror * w / W], [h / H]]
         affine[:, 2] = (w - 1) / 2, (h - 1) / 2
+        corners = self.places[[0, 0, -1, -1], [0, -1, -1, 0]]
+        self.outline = cv2.transform(corners[None], affine)[0] + [box["left"], box["top"]]
         maps = cv2.convertMaps(cv2.transform(self.places, affine), None, cv2.CV_16SC2)
 
         clip = np.empty((len(frames), H, W, 3), np.uint8)
@@ -569,29 +619,34 @@ class ExerciseVideoDataset(Dataset):
             frames = frames[torch.arange(length) % len(frames)]
         clip = self.transform(frames)
         if self.debug_dir and self.saved < 10:
-            self._save_debug_sample(segment, frames, clip)
+            self._save_debug_sample(segment, grid, clip)
         return Sample(clip, segment.label, number, centred)
 
-    def _save_debug_sample(self, segment, frames, clip):
-        """Both videos, and a sheet of every second frame: above as read, below as trained on."""
+    def _save_debug_sample(self, segment, grid, clip):
+        """Both videos, and a sheet: the whole frames with the box that is used, and the clip."""
         self.debug_dir.mkdir(exist_ok=True)
         path = segment.path
-        name = f"{path.parent.name}_{path.stem}_{segment.start:g}s_class{segment.label}"
-        stem = f"{self.debug_dir}/{self.saved:02d}_{name}"
+        name = self.classes[segment.label]
+        stem = f"{self.debug_dir}/{self.saved:02d}_{name}_{path.stem}_{segment.start:g}s"
         self.saved += 1
-        self._save_debug_video(frames, f"{stem}_orig.mp4")
+        times = [number / self.clip.fps for number in grid]
+        whole = read_frames(path, times)
+        self._save_debug_video(whole, f"{stem}_orig.mp4")
         self._save_debug_video(clip, f"{stem}_aug.mp4")
-        below = center_crop(clip, frames.shape[-2:])
-        columns = torch.cat([frames, below], dim=2)[::2]  # (T/2, C, 2 h, w)
-        sheet = columns.permute(2, 0, 3, 1).flatten(1, 2).numpy()  # (2 h, T/2 w, C)
-        height = len(sheet) * 1600 // sheet.shape[1]
-        sheet = cv2.resize(sheet, (1600, height), interpolation=cv2.INTER_AREA)
-        write_png(f"{stem}.png", cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))
+
+        # the box, from the pixels of the frames that are kept to those of the file
+        source, cover, *_, kept = [np.array(side[::-1]) for side in segment.geometry]
+        box = (self.transform.outline + (cover - kept) / 2) * source / cover
+        whole = bgr(whole)
+        for frame in whole:
+            cv2.polylines(frame, [box.round().astype(int)], True, YELLOW, max(source) // 150 + 1)
+        top = (f"{name}: {path}, the whole frame; in the box what is used", whole)
+        below = ("what the network gets, by chance zoomed, shifted, mirrored, tilted", bgr(clip))
+        write_png(f"{stem}.png", film([top, below], times))
 
     def _save_debug_video(self, clip, path):
         """Write a clip, uint8 (T, C, H, W) in RGB, in its true colours as mp4."""
-        frames = clip.permute(0, 2, 3, 1).flip(3).numpy()
-        write_video(path, frames, self.clip.fps)
+        write_video(path, bgr(clip), self.clip.fps)
 
 
 # ---------------------------------------------------------------------------------------- batches
@@ -1024,7 +1079,10 @@ class ExerciseVideoDataModule:
             return None
         training = part == "train"
         debug_dir = Path("debug_output") if self.debug and training else None
-        return ExerciseVideoDataset(segments, self.clip, training, self.clips_per_video, debug_dir)
+        clips = self.clips_per_video
+        data_set = ExerciseVideoDataset(segments, self.clip, training, clips, debug_dir)
+        data_set.classes = self.classes
+        return data_set
 
     def class_weights(self):
         """float32 (classes,): clips to train on / (classes * clips of the class)."""

@@ -49,17 +49,22 @@ from tqdm import tqdm
 
 from Dataset import (
     CONTAINERS,
+    DARK,
+    PICTURES,
+    WHITE,
     ArgumentParser,
     ClipFormat,
     HelpFormatter,
     UserError,
     VideoReader,
     boolean,
+    film,
     frames_at,
     middle,
     replacing,
     resize,
     run_script,
+    write,
     write_csv,
     write_png,
     write_video,
@@ -73,10 +78,7 @@ CODECS = {".webm": "VP80", ".mp4": "mp4v"}  # VP8 plays in browsers; mp4v is fas
 COLORMAP = cv2.COLORMAP_TURBO
 ALPHA = 0.6  # opacity of the heat
 TOP_K = 3  # most probable classes that are named
-FONT = cv2.FontFace("sans")
-WHITE = (255, 255, 255)  # BGR, as all pictures here
-BROWN = (35, 100, 130)
-DARK = 24
+BROWN = (35, 100, 130)  # BGR, as all pictures here
 
 
 # ------------------------------------------------------------------------------------- explanation
@@ -427,19 +429,6 @@ def overlay(picture, heat):
     return cv2.blendLinear(picture, colour, 1 - opacity, opacity)
 
 
-def write(picture, lines, size):
-    """Lines of text, `size` pixels high or less, from the top left corner of a picture."""
-    room = picture.shape[1]
-    step = 3 * size // 2
-    for i, line in enumerate(lines):
-        width = size + cv2.getTextSize((1, 1), line, (0, 0), FONT, size, 500)[2]
-        letters = max(6, int(size * min(1, room / width)))
-        top = i * step
-        strip = picture[top : top + step, :width]
-        strip[:] = DARK
-        cv2.putText(strip, line, (size // 2, int(1.1 * size)), WHITE, FONT, letters, 500)
-
-
 def tile(pictures, columns):
     """Pictures of one size in rows of `columns`; what is left over is black."""
     height, width = pictures[0].shape[:2]
@@ -462,17 +451,20 @@ def arrange(n, height, width):
 
 
 def ranking(found, classes):
-    """["name probability", ...] of the class explained and the most probable ones."""
+    """["predicted: name probability", ...] of the class explained and the most probable ones."""
     mean = found.scores.mean(0)
     best = mean.argsort()[::-1][:TOP_K].tolist()
     shown = dict.fromkeys([found.target, *best])  # each once
-    return [f"{classes[i]} {mean[i]:.0%}" for i in shown]
+    first, *others = [f"{classes[i]} {mean[i]:.0%}" for i in shown]
+    lead = "predicted" if found.target == best[0] else "asked for"
+    return [f"{lead}: {first}", *others]
 
 
 def ranges(found, classes):
-    """["map, from 0 to its largest value", ...]."""
+    """["map, its cells (WxH), from 0 to its largest value", ...], in columns."""
     for name, maps in found.maps.items():
-        line = f"{name}, from 0 to {maps.max():.3g}"
+        _, height, width = maps.shape
+        line = f"{name:20} {width:2}x{height:<2} cells, from 0 to {maps.max():.3g}"
         if maps.max() <= 0:
             line = f"{name}: no positive evidence for {classes[found.target]}"
         yield line
@@ -549,25 +541,6 @@ def draw(video, found, clip_size, classes):
         yield video.time, picture, panels
 
 
-def film_strip(moments, names):
-    """Moments (time in s, panels) from left to right, behind the `names` of the panels."""
-    height, width = moments[0][1][0].shape[:2]
-    scale = min(320 / height, 300 / width, 6000 / (len(names) * height))
-    height, width = round(scale * height), round(scale * width)
-    size = max(9, min(20, height // 6))
-    cells = []
-    for row, name in enumerate(names):
-        label = np.full((height, width, 3), DARK, np.uint8)
-        write(label, [name], size)
-        cells.append(label)
-        for time, panels in moments:
-            cell = cv2.resize(panels[row], (width, height), interpolation=cv2.INTER_AREA)
-            if row == 0:
-                write(cell[-3 * size // 2 :], [f"{time:.1f} s"], size)
-            cells.append(cell)
-    return tile(cells, 1 + len(moments))
-
-
 def render(path, output, found, size, classes):
     """Write the video with its heat, encoded beside the drawing, and a film strip of it as PNG."""
     video = open_video(path)
@@ -578,14 +551,17 @@ def render(path, output, found, size, classes):
         n = int(video.cap.get(cv2.CAP_PROP_FRAME_COUNT))
         bar = tqdm(drawings, "write", n, leave=False, unit="frame")
         for time, picture, panels in bar:
-            if time >= (len(moments) + 0.4) / 8 * found.times[-1]:
+            if len(moments) < 8 and time >= (len(moments) + 0.4) / 8 * found.times[-1]:
                 moments.append((time, panels))
             yield picture
 
     with replacing(output) as part:
         write_video(part, pictures(), video.fps, CODECS[output.suffix])
-    strip = film_strip(moments[:8], [classes[found.target], *found.maps])
-    write_png(output.with_suffix(".png"), strip)
+    times, panels = zip(*moments, strict=True)
+    name = classes[found.target]
+    texts = [f"{row}: red speaks for {name}, dimmed was not seen" for row in found.maps]
+    rows = zip([ranking(found, classes)[0], *texts], zip(*panels, strict=True), strict=True)
+    write_png(output.with_suffix(".png"), film(list(rows), times))
 
 
 # -------------------------------------------------------------------------------------------- main
@@ -635,6 +611,8 @@ def find_jobs(paths, output, method):
             root = path
         if not videos:
             raise UserError(f"the folder {path} holds no video")
+        if path.suffix.lower() in PICTURES:
+            raise UserError(f"{path} is a picture: a heat-map takes a video")
         for video in videos:
             stem = "_".join(video.relative_to(root).with_suffix("").parts)
             result = output / f"{stem}_{method.replace(',', '_')}.webm"

@@ -35,6 +35,7 @@ from Dataset import (
     between,
     boolean,
     collate,
+    film,
     frames_at,
     middle,
     probe,
@@ -311,6 +312,45 @@ def test_a_moving_marker_follows_one_affine_map_that_does_not_squeeze():
     assert max(map(abs, turns)) <= 10.5
     assert max(turns) - min(turns) > 5
     assert mirrored == {True, False}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_outline_is_where_the_corners_of_a_clip_came_from(seed):
+    """In a picture whose red is x and whose green is y; a tenth of the corners are rounded away."""
+    y, x = np.indices((80, 60))
+    frames = torch.from_numpy(np.stack([4 * x, 3 * y, 0 * x])[None].astype(np.uint8))
+    transform = TrainTransform((48, 64))
+    torch.manual_seed(seed)
+    clip = transform(frames)[0]
+    for (y, x), corner in zip(((0, 0), (0, -1), (-1, -1), (-1, 0)), transform.outline, strict=True):
+        if (corner > 0).all() and (corner < (59, 79)).all() and clip[2, y, x] == 0:
+            assert clip[:2, y, x].numpy() / (4, 3) == pytest.approx(corner, abs=0.6)
+
+
+def test_every_box_of_the_augmentation_holds_most_of_the_middle_of_what_is_kept():
+    """Of the middle half, each side, of what is kept of a landscape file for a portrait clip."""
+    frames = torch.zeros(1, 3, *middle(480, 854, (48, 64)).kept, dtype=torch.uint8)
+    assert frames.shape[2:] == (64, 60)
+    transform = TrainTransform((48, 64))
+    core = np.float32([[15, 16], [45, 16], [45, 48], [15, 48]])
+    torch.manual_seed(0)
+    least = 1.0
+    for _ in range(300):
+        transform(frames)
+        area, _ = cv2.intersectConvexConvex(core, transform.outline.astype(np.float32))
+        least = min(least, area / (30 * 32))
+    assert least > 2 / 3
+
+
+def test_a_film_puts_at_most_eight_moments_in_a_row_below_each_line():
+    grey = np.full((20, 10, 3), 90, np.uint8)
+    pictures = [grey + 10 * i for i in range(10)]
+    sheet = film([("first", pictures), ("second", pictures)], np.arange(10) / 4)
+    assert sheet.shape == (2 * (36 + 592), 5 * 300, 3)
+    middle_of = [sheet[36 + 300, 300 * i + 150, 0] for i in range(5)]
+    assert middle_of == [90, 110, 130, 150, 170]
+    assert sheet[10:30, :200].max() > 200  # letters
+    assert sheet[36:60, :60].max() > 200  # the seconds
 
 
 def test_the_augmentation_draws_and_means_what_v2_does():
@@ -842,7 +882,7 @@ def test_types_of_flags_say_what_they_take():
     assert between(0, 1, float)("0.5") == 0.5
     assert between(1)("7") == 7
     for kind, text in ((int, "-1"), (float, "inf"), (float, "nan")):
-        with pytest.raises(argparse.ArgumentTypeError, match="is not 0 or more"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is not between 0 and 1000000"):
             between(0, kind=kind)(text)
     with pytest.raises(argparse.ArgumentTypeError, match="2 is not between 0 and 1"):
         between(0, 1)("2")
@@ -918,7 +958,9 @@ def test_debug_writes_the_first_ten_samples_before_and_after(folder, tmp_path, m
     written = sorted(p.name for p in (tmp_path / "debug_output").iterdir())
     assert len(written) == 30
     assert sum(name.endswith("_orig.mp4") for name in written) == 10
-    assert cv2.imread(f"debug_output/{written[0]}").shape[1] == 1600
+    assert written[0].startswith("00_plank_0_0s_")
+    # 64x96 in a row of eight, a line above; below the clip, 48x64, in the same way
+    assert cv2.imread(f"debug_output/{written[1]}").shape == (36 + 444 + 36 + 394, 2400, 3)
     assert data.workers == 0
     assert data.train_set.cache.nbytes == 0
 

@@ -596,12 +596,13 @@ def test_script_writes_a_video_like_its_source(tmp_path, video, checkpoints, nam
     assert done.returncode == 0, done.stderr
     assert "OpenCV" not in done.stderr
     assert all(word in done.stdout for word in (more[1], str(output), *CLASSES))
+    assert done.stdout.startswith(f"{video}: predicted: ") or "asked for: squat" in done.stdout
     frames, fps = read_video(output)
     assert frames.shape[::2] == (39, 128)
     assert frames.shape[1] > 96
     assert fps == pytest.approx(15, abs=0.1)
     strip = cv2.imread(str(output.with_suffix(".png")))
-    assert strip.shape == (640, 9 * 213, 3)  # two rows of 320 pixels: name, and eight moments
+    assert strip.shape == (2 * (36 + 444), 8 * 300, 3)  # two rows: a line, and eight moments
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
         ["clip.mp4", "why.png", f"why{suffix}"]
     )
@@ -818,6 +819,7 @@ def damaged(folder, checkpoints, kind):
         ("--checkpoint", "format 99", ["damaged.pt"]),
         ("--method", "guess", ["guess", "gradcam", "hirescam"]),
         ("--video", "nothing", ["nothing"]),  # a folder without videos
+        ("--video", "photo.JPG", ["photo.JPG is a picture: a heat-map takes a video"]),
         ("--stride", "17", ["--stride 17", "16"]),
         ("--stride", "0", ["--stride 0"]),
         ("--output", "out.xyz", ["out.xyz", ".webm", ".mp4"]),
