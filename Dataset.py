@@ -426,7 +426,8 @@ class TrainTransform:
     uint8 (T, C, h, w) -> (T, C, H, W); `outline` (4, 2) is where the corners of the last clip came
     from, (x, y) in its frames. Draws and means what v2.RandomResizedCrop,
     v2.RandomHorizontalFlip and v2.RandomRotation do one after the other, but in one pass over the
-    pixels: the three are one affine map, whose coordinates all frames share.
+    pixels: the three are one affine map, whose coordinates all frames share. Changes of colour
+    belong before that; mind that v2 takes contrast around the mean of each frame: it flickers.
     """
 
     def __init__(self, size):

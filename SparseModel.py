@@ -376,7 +376,9 @@ def load_weights(model, weights):
 
 # ------------------------------------------------------------------------------------ checkpoints
 
-FORMAT = 1  # a file with another number is refused; raise it when a key changes its meaning
+# A file with another number is refused. Raise it when a key changes its meaning, or when a network
+# of the same name computes something else with the same weights, as with other strides.
+FORMAT = 1
 
 
 def new_checkpoint(model, classes, size, clip_len, clip_fps):

@@ -66,7 +66,8 @@ MAX_NORM = 5.0  # of the gradient
 
 # ------------------------------------------------------------------------------------------ flags
 
-# Flags that follow from the network of a checkpoint, and those that a run keeps when it goes on
+# Flags that follow from the network of a checkpoint, and those that a run keeps when it goes on; a
+# new flag belongs there if a run that goes on must not change it
 OF_NETWORK = ["model", "mode", "width_mult"]
 OF_RUN = [*OF_NETWORK, "size", "clip_len", "clip_fps", "batch_size", "seed"]
 # Flags that a checkpoint does not remember: they are of the machine, or of one start

@@ -383,7 +383,8 @@ def test_the_augmentation_draws_and_means_what_v2_does():
         filled = (expected == torch.tensor(grey).view(3, 1, 1)).all(1)
         assert off.mean() < 1.5  # levels of 255
         assert (off > 8).float().mean() < 0.03  # the edge of the fill differs
-        assert off.mean(1)[filled].mean() < 1
+        # no sum over nothing, for a tilt may be too small to leave a corner empty
+        assert off.mean(1)[filled].sum() <= filled.sum()
 
 
 def test_resized_frames_cover_the_target_and_keep_the_aspect():
