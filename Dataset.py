@@ -623,6 +623,12 @@ class ExerciseVideoDataset(Dataset):
             self._save_debug_sample(segment, grid, clip)
         return Sample(clip, segment.label, number, centred)
 
+    def middle_clip(self, number):
+        """The clip in the middle of a segment in validation, uint8 (T, C, H, W)."""
+        for i, item in enumerate(self.items):
+            if item.segment == number and item.centred:
+                return self[i].clip
+
     def _save_debug_sample(self, segment, grid, clip):
         """Both videos, and a sheet: the whole frames with the box that is used, and the clip."""
         self.debug_dir.mkdir(exist_ok=True)

@@ -13,15 +13,16 @@ metrics.csv and the confusion matrix. On a CPU a smaller --size, as 72x96, saves
 
 import argparse
 import ctypes
+import itertools
 import math
 import os
+import random
 import re
 import shlex
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 
 import cv2
@@ -39,7 +40,10 @@ from Dataset import (
     HelpFormatter,
     UserError,
     between,
+    bgr,
     boolean,
+    collate,
+    film,
     render_demo,
     replacing,
     run_script,
@@ -71,7 +75,7 @@ MAX_NORM = 5.0  # of the gradient
 OF_NETWORK = ["model", "mode", "width_mult"]
 OF_RUN = [*OF_NETWORK, "size", "clip_len", "clip_fps", "batch_size", "seed"]
 # Flags that a checkpoint does not remember: they are of the machine, or of one start
-OF_START = ["debug", "resume", "evaluate", "device", "checkpoint_dir", "workers", "cache_gb"]
+OF_START = "debug resume evaluate device checkpoint_dir workers cache_gb command".split()
 
 # Flags that the data module takes under the same names
 DATA_FLAGS = "data batch_size workers cache_gb debug seed background_ratio".split()
@@ -163,6 +167,7 @@ def parse_args(argv=None, saved=None):
     add_model_flags(parser.add_argument_group("model").add_argument)
     add_training_flags(parser.add_argument_group("training").add_argument)
     args = parser.parse_args(argv, argparse.Namespace(**saved or {}))
+    args.command = shlex.join(sys.argv[1:] if argv is None else argv)
     if args.debug:
         vars(args).update(epochs=1, workers=0, cache_gb=0.0, resume=False)
         args.checkpoint_dir = Path("debug_output")
@@ -325,7 +330,11 @@ def find_data(args, processes):
     )
     with processes.first():
         if Path(args.data) == DEMO and not DEMO.exists():
-            render_demo(DEMO)
+            people = (1, 1) if args.debug else (16, 6)  # to train on, to validate with
+            if args.debug:
+                data.data = DEMO.with_name("demo_debug")
+            if not data.data.exists():
+                render_demo(data.data, 0, *people)
         data.setup()
     return data
 
@@ -342,11 +351,17 @@ def check_data(args, data, checkpoint):
             f"{args.data} has the classes {', '.join(data.classes)}, but {source(args)} was "
             f"trained on {', '.join(checkpoint['classes'])}"
         )
-    moved = set(checkpoint["split"]["train"]) ^ set(video_names(data, data.train_set))
-    if moved and not args.evaluate:
+    was = checkpoint["split"]
+    now = video_names(data, data.train_set)
+    if was["train"] != now and not args.evaluate:
+        before = {*was["train"], *was["val"]}
+        found = {*now, *video_names(data, data.val_set)}
+        missing = ", ".join(sorted(before - found)[:5]) or "none"
+        new = ", ".join(sorted(found - before)[:5]) or "none"
         raise UserError(
-            f"{args.data} does not have the training videos that {source(args)} was begun with, "
-            f"for one {min(moved)}: put them as they were, or start anew without --resume"
+            f"{args.data} does not have the training videos that {source(args)} was begun with "
+            f"(missing: {missing}; new: {new}): put them as they were, or start anew without "
+            "--resume"
         )
 
 
@@ -381,7 +396,7 @@ def warning(args, checkpoint):
     )
 
 
-def describe(args, data, checkpoint, processes):
+def describe(args, data, model, checkpoint, processes):
     """Print what is trained, on what."""
     say = processes.say
     say("\n".join(data.notes))
@@ -393,7 +408,9 @@ def describe(args, data, checkpoint, processes):
         weights = zip(data.classes, data.class_weights().tolist(), strict=True)
         say("weights    " + ", ".join(f"{name} {weight:.2f}" for name, weight in weights))
     say(f"clips      {args.clip_len} frames, {args.clip_fps:g} per second, {args.size} (W, H)")
-    say(f"network    {args.model}, weights: {checkpoint['weights']}")
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    weights = checkpoint["weights"]
+    say(f"network    {args.model}, {millions:.2f} million parameters, weights: {weights}")
     say(f"device     {processes.world} x {processes.device}, {args.micro_batch} clips at a time")
     n_classes = len(data.classes)
     loss = math.log(n_classes)
@@ -442,16 +459,13 @@ def learning_rate(step, steps_per_epoch, args):
 # ------------------------------------------------------------------------------------------- train
 
 
-def limit(loader, args):
-    """Batches of an epoch: all, in debug mode 5 % of them."""
-    share = 0.05 if args.debug else 1.0
-    return max(1, round(share * len(loader)))
+def progress(title, clips, processes):
+    """A bar that counts clips."""
+    return tqdm(total=clips, desc=title, unit="clip", leave=False, disable=processes.rank > 0)
 
 
-def progress(loader, title, args, processes):
-    """The batches of an epoch, with a progress bar."""
-    n = limit(loader, args)
-    return tqdm(islice(loader, n), title, n, unit="batch", leave=False, disable=processes.rank > 0)
+def duration(seconds):
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def compute(model, clips, amp):
@@ -461,10 +475,10 @@ def compute(model, clips, amp):
         return model(clips).float()
 
 
-def gradients(model, batch, criterion, args, scale):
+def gradients(model, batch, criterion, args, scale, bar=None):
     """Add up the gradients of `scale` times the sum of the clips' losses, a micro-batch at a time.
 
-    Returns float64 (sum of losses, correct, clips).
+    A progress bar counts the clips. Returns float64 (sum of losses, correct, clips).
     """
     sums = torch.zeros(3, dtype=torch.float64)
     n = args.micro_batch
@@ -474,14 +488,16 @@ def gradients(model, batch, criterion, args, scale):
         (scale * loss).backward()
         correct = (logits.argmax(1).cpu() == labels).sum()
         sums += torch.tensor([loss.item(), correct, len(labels)])
+        if bar is not None:
+            bar.update(len(labels))
     return sums
 
 
-def gradients_that_fit(model, batch, criterion, args, scale):
+def gradients_that_fit(model, batch, criterion, args, scale, bar):
     """`gradients`; each time the GPU's memory runs out, anew with half the micro-batch."""
     while True:
         try:
-            return gradients(model, batch, criterion, args, scale)
+            return gradients(model, batch, criterion, args, scale, bar)
         except torch.OutOfMemoryError:
             model.zero_grad()
         if args.micro_batch == 1:
@@ -507,14 +523,14 @@ def train_epoch(model, loader, criterion, optimizer, args, processes):
     model.train()
     model.features.train(not args.freeze)
 
-    steps = limit(loader, args)
+    steps = len(loader)
     sizes = loader.batch_sampler.batch_sizes
     totals = torch.zeros(3, dtype=torch.float64)  # sum of losses, correct, clips
     started = time.time()
-    bar = progress(loader, f"epoch {epoch + 1}/{args.epochs}", args, processes)
-    for step, batch in enumerate(bar):
+    bar = progress(f"epoch {epoch + 1}/{args.epochs}", sum(sizes) // processes.world, processes)
+    for step, batch in enumerate(loader):
         # gradients of the mean loss of the clips of all processes
-        sums = gradients_that_fit(model, batch, criterion, args, scale=1 / sizes[step])
+        sums = gradients_that_fit(model, batch, criterion, args, 1 / sizes[step], bar)
         if not sums.isfinite().all():
             refuse(batch, loader.dataset, f"epoch {epoch + 1}, step {step + 1}")
         processes.add_up(p.grad for p in model.parameters() if p.grad is not None)
@@ -524,7 +540,11 @@ def train_epoch(model, loader, criterion, optimizer, args, processes):
         # progress
         totals += sums
         loss, correct, clips = totals.tolist()
-        bar.set_postfix_str(f"loss {loss / clips:.3f}, top1 {correct / clips:.1%}")
+        bar.set_postfix_str(f"loss {loss / clips:.3f}, right {correct / clips:.0%}")
+        if epoch == 0 and step == 2:
+            cost = duration((time.time() - started) * steps / 3)
+            bar.write(f"time       about {cost} per epoch, without its validation")
+    bar.close()
     seconds = time.time() - started
 
     average_statistics(model, processes)
@@ -552,22 +572,27 @@ def average_statistics(model, processes):
 
 @torch.inference_mode()
 def evaluate(model, loader, args, processes):
-    """(figures, confusion) of the clips of a loader, as `accuracies` returns them.
+    """(figures, confusion, scores) of the clips of a loader, as `accuracies` returns them.
 
     Each process computes its share of the clips, and all get the figures of the whole.
     """
     network = fold_batch_norm(model)
     seen = []
-    for batch in progress(loader, "  validate", args, processes):
+    bar = progress("  validate", len(loader.batch_sampler.own), processes)
+    for batch in loader:
         pieces = batch.clips.split(args.micro_batch)
         logits = torch.cat([compute(network, clips, args.amp).cpu() for clips in pieces])
         seen.append((logits, batch.labels, batch.videos, batch.centred))
+        bar.update(len(logits))
+    bar.close()
     columns = zip(*processes.gather(seen), strict=True)
     return accuracies(*map(torch.cat, columns))
 
 
 def accuracies(logits, labels, videos, centred):
-    """Dict of figures (accuracies 0..1), and the confusion of videos, int64 (true, predicted).
+    """Dict of figures (accuracies 0..1); the confusion of videos, int64 (true, predicted); scores.
+
+    The scores are the probabilities of the videos, float32 (videos, classes), by their numbers.
 
     Args:
         logits, labels: (clips, classes) and (clips,).
@@ -595,14 +620,15 @@ def accuracies(logits, labels, videos, centred):
         "val_video_top5": top5.mean(),
         "val_video_mean_class": recall.nanmean(),
     }
-    return {name: value.item() for name, value in figures.items()}, confusion
+    counts = torch.bincount(number)[:, None]
+    return {name: value.item() for name, value in figures.items()}, confusion, scores / counts
 
 
 def evaluate_checkpoint(model, data, args, processes):
     """--evaluate: accuracies on the test videos where there are some, else on those of val."""
     part = "test" if data.test_set else "val"
     loader = data.test_dataloader() if data.test_set else data.val_dataloader()
-    figures, confusion = evaluate(model, loader, args, processes)
+    figures, confusion, _ = evaluate(model, loader, args, processes)
     if processes.rank > 0:
         return
     print("\n".join(data.notes))
@@ -618,7 +644,14 @@ def as_text(figures):
 # ------------------------------------------------------------------------------------ keep, report
 
 # What is written beside the checkpoints
-REPORTS = ["metrics.csv", "confusion.csv", "confusion.png"]
+EPOCH = (
+    "epoch {epoch}: loss {train_loss:.3f}, validation {val_loss:.3f}; right {train_top1:.0%} of "
+    "clips, validation {val_video_top1:.0%} of videos, {val_video_mean_class:.1%} per class; "
+    "{clips_per_s:.1f} clips per s, {seconds:.0f} s; {left} left"
+)
+REPORTS = ["metrics.csv", "confusion.csv", "confusion.png", "curves.png", "mistakes.png"]
+REPORTS.append("predictions.csv")
+FEW = 20  # videos to train a class on
 
 
 def move_aside(folder):
@@ -637,17 +670,17 @@ def move_aside(folder):
 
 
 @contextmanager
-def saying_what_is_kept(args, checkpoint):
-    """Ctrl-C in the block says which epochs are kept, and how to go on."""
+def saying_what_is_kept(args, data, checkpoint, processes):
+    """Ctrl-C in the block says which epochs are kept, how good they are, and how to go on."""
     try:
         yield
     except KeyboardInterrupt as stop:
         epoch = checkpoint["epoch"]
         if not epoch:
-            text = "stopped in the first epoch: nothing is kept"
-        else:
-            command = shlex.join(["--resume", "--checkpoint-dir", str(args.checkpoint_dir)])
-            text = f"stopped; epoch {epoch} is kept: go on with python Trainer.py {command}"
+            raise KeyboardInterrupt("stopped in the first epoch: nothing is kept") from stop
+        finish(args, data, checkpoint, processes)
+        command = shlex.join(["--resume", "--checkpoint-dir", str(args.checkpoint_dir)])
+        text = f"stopped; epoch {epoch} is kept: go on with python Trainer.py {command}"
         raise KeyboardInterrupt(text) from stop
 
 
@@ -656,20 +689,21 @@ def save(path, checkpoint):
         torch.save(checkpoint, part)
 
 
-def keep(checkpoint, figures, confusion, model, optimizer, args):
+def keep(checkpoint, figures, details, model, optimizer, args):
     """Add an epoch to the checkpoint and save it as last.pt, and as <model>.pt if it is the best.
 
     The best has the highest mean accuracy per class of the videos; among equals the lower loss.
     """
     folder = args.checkpoint_dir
     epoch = checkpoint["epoch"] + 1
-    history = [*checkpoint["history"], {"epoch": epoch} | figures]
+    row = {name: round(value, 6) for name, value in figures.items()}
+    history = [*checkpoint["history"], {"epoch": epoch} | row]
     flags = remembered(vars(args))
     kept = checkpoint | {"epoch": epoch, "history": history, "metrics": figures, "args": flags}
     kept["model"] = model.state_dict()
     score = [figures["val_video_mean_class"], -figures["val_loss"]]
     if score > checkpoint["best"]:
-        kept |= {"best": score, "confusion": confusion}
+        kept |= {"best": score, "best_epoch": epoch} | details
         save(folder / f"{args.model}.pt", kept)
     save(folder / "last.pt", kept | {"optimizer": optimizer.state_dict()})
     checkpoint.update(kept)
@@ -677,8 +711,28 @@ def keep(checkpoint, figures, confusion, model, optimizer, args):
     write_csv(folder / "metrics.csv", [names, *(map(row.get, names) for row in history)])
 
 
+def wilson(right, n):
+    """The 95 % interval of a share, `right` of `n` (Wilson, 1927)."""
+    z = 1.96
+    middle = right + z**2 / 2
+    spread = z * math.sqrt(right * (n - right) / n + z**2 / 4)
+    return (middle - spread) / (n + z**2), (middle + spread) / (n + z**2)
+
+
 def report(confusion, classes, stem):
-    """Print the accuracy per class and the three worst confusions; write stem.csv and stem.png."""
+    """Print accuracies and the three worst confusions of videos; write stem.csv and stem.png."""
+    right = confusion.diag().sum().item()
+    n = confusion.sum().item()
+    low, high = wilson(right, n)
+    largest = (confusion.sum(1).max() / n).item()
+    print(
+        f"right      {right} of {n} videos, {right / n:.0%} (95 % interval {low:.0%} to {high:.0%})"
+    )
+    print(f"beside     guessing {1 / len(classes):.0%}, always the largest class {largest:.0%}")
+    if low <= largest:
+        print(
+            "*** Too few videos, or too few right, to say that it is better than the largest class"
+        )
     rows = confusion.tolist()
     counts = confusion.sum(1).tolist()
     for i, name in enumerate(classes):
@@ -699,8 +753,8 @@ RIGHT = np.array([80, 60, 200])  # what ink takes from white, in BGR
 WRONG = np.array([200, 200, 40])
 
 
-def put_text(picture, text, x, y):
-    cv2.putText(picture, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (0, 0, 0), 1, cv2.LINE_AA)
+def put_text(picture, text, x, y, colour=(0, 0, 0)):
+    cv2.putText(picture, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, 0.5, colour, 1, cv2.LINE_AA)
 
 
 def confusion_picture(confusion, classes):
@@ -727,15 +781,123 @@ def confusion_picture(confusion, classes):
     return picture
 
 
-def finish(args, data, checkpoint):
+BLUE = (200, 120, 0)
+RED = (0, 0, 220)
+GREEN = (0, 150, 0)
+# Figure of the history, what it is called, place of its panel, colour
+CURVES = [
+    ("train_loss", "training loss", 0, BLUE),
+    ("val_loss", "validation loss", 0, RED),
+    ("train_top1", "training clips right", 600, BLUE),
+    ("val_video_top1", "validation videos right", 600, RED),
+    ("val_video_mean_class", "mean over classes", 600, GREEN),
+]
+
+
+def draw_curves(history, path):
+    """Write a picture of losses (from 0 to the largest) and accuracies, and say what they mean."""
+    losses = [row["val_loss"] for row in history]
+    top = max(*losses, *(row["train_loss"] for row in history))
+    picture = np.full((400, 1200, 3), 255, np.uint8)
+    for i, (name, meaning, left, colour) in enumerate(CURVES):
+        shares = np.array([row[name] for row in history]) / (1 if left else top)
+        points = np.stack([np.linspace(50, 580, len(shares)) + left, 370 - 260 * shares], axis=1)
+        cv2.polylines(picture, [points.round().astype(int)], False, colour, 2, cv2.LINE_AA)
+        put_text(picture, meaning, left + 50, 20 + 20 * (i % 3), colour)
+        put_text(picture, "1.0" if left else f"{top:.1f}", left + 10, 115)
+        put_text(picture, f"0    epoch 1 to {len(history)}", left + 30, 390)
+    write_png(path, picture)
+    last = history[-1]
+    lowest = 1 + losses.index(min(losses))
+    verdict = "it learnt what it can from these videos"
+    if last["train_top1"] > max(0.8, last["val_video_top1"] + 0.2):
+        verdict = "it learns the training videos by heart: more videos help, epochs don't"
+    elif lowest > 0.8 * len(history) or last["train_top1"] < 0.6:
+        verdict = "it is still learning: more --epochs help"
+    print(f"curves     {verdict} (the validation loss was lowest in epoch {lowest})")
+
+
+def explain_videos(scores, data, folder):
+    """Write predictions.csv, and of the worst mistakes a sheet; returns a video that was right.
+
+    scores: (videos, classes), the probabilities of the validation videos.
+    """
+    segments = data.val_set.segments
+    highest, predicted = scores.max(1)
+    table = []
+    strips = []
+    right = [str(segments[0].path)]
+    for i in highest.argsort(descending=True).tolist():
+        file = str(segments[i].path)
+        true = data.classes[segments[i].label]
+        guess = data.classes[predicted[i]]
+        table.append((file, true, guess, f"{highest[i]:.3f}"))
+        if true == guess:
+            right.append(file)
+        elif len(strips) < 6:
+            text = f"{true} taken for {guess}, {highest[i]:.0%}: {file}"
+            strips.append((text, bgr(data.val_set.middle_clip(i))))
+    write_csv(folder / "predictions.csv", [("file", "true", "predicted", "probability"), *table])
+    if strips:
+        times = np.arange(data.clip.length) / data.clip.fps
+        write_png(folder / "mistakes.png", film(strips, times))
+    return right[:2][-1]
+
+
+def finish(args, data, checkpoint, processes):
     """Print how good the best epoch is, and what to do next."""
-    best = args.checkpoint_dir / f"{args.model}.pt"
-    print(f"{warning(args, checkpoint)}best       {best}: {checkpoint['best'][0]:.1%} per class")
-    report(checkpoint["confusion"], data.classes, args.checkpoint_dir / "confusion")
-    if args.debug:
-        print("look at    debug_output/*.png: above as read, below as trained on; and as videos")
-    video = data.val_set.segments[0].path
-    print(f"try next   python HeatMap.py --video {video} --checkpoint {best} --method hirescam")
+    if processes.rank > 0:
+        return
+    folder = args.checkpoint_dir
+    best = folder / f"{args.model}.pt"
+    history = checkpoint["history"]
+    epoch = checkpoint.get("best_epoch", "of before")
+    print(f"{warning(args, checkpoint)}best       epoch {epoch} of {len(history)}, kept in {best}")
+    report(checkpoint["confusion"], data.classes, folder / "confusion")
+    draw_curves(history, folder / "curves.png")
+    counts = Counter(segment.label for segment in data.train_set.segments)
+    few = [f"{name} {counts[i]}" for i, name in enumerate(data.classes) if counts[i] < FEW]
+    if few:
+        print(f"too few    to train, under {FEW}: {', '.join(few)}")
+    if "scores" in checkpoint:
+        video = explain_videos(checkpoint["scores"], data, folder)
+        print(f"look at    curves.png, mistakes.png, predictions.csv in {folder}")
+        print(f"try next   python HeatMap.py {shlex.join([video, '--checkpoint', str(best)])}")
+
+
+# ------------------------------------------------------------------------------------------- debug
+
+
+def try_out(model, data, criterion, optimizer, args):
+    """--debug: pictures of ten samples, of as many classes as there are; an update with four."""
+    folder = args.checkpoint_dir
+    for old in folder.glob("[0-9][0-9]_*"):
+        old.unlink()
+    segments = data.train_set.segments
+    order = random.Random(args.seed).sample(range(len(segments)), len(segments))
+    turns = defaultdict(itertools.count)  # the first of each class, then the second of each
+    order.sort(key=lambda i: next(turns[segments[i].label]))
+    samples = [data.train_set[i] for i in order[:10]]
+    print(f"pictures   in {folder}: whole frames with the box in use, below what the network gets")
+
+    # one step
+    batch = collate(samples[:4])
+    losses = []
+    for _ in range(2):
+        torch.manual_seed(args.seed)  # the same dropout
+        sums = gradients(model, batch, criterion, args, 0.25)
+        losses.append(sums[0] / sums[2])
+        apply_gradients(model, optimizer, learning_rate(0, 100, args))
+    before, after = losses
+    if after >= before:
+        raise UserError(f"the loss rose from {before:.3f} to {after:.3f} in one step: lower --lr")
+    command = re.sub(r"--debug[ =]?(true|yes|1)? ?", "", args.command, flags=re.IGNORECASE)
+    print(
+        f"all right  read {len(segments) + len(data.val_set.segments)} videos, one step, loss fell "
+        f"from {before:.3f} to {after:.3f}\n"
+        f"look at    {folder}/*.png: are people in the box, upright, in true colours?\n"
+        f"next       python Trainer.py {command}"
+    )
 
 
 # -------------------------------------------------------------------------------------------- main
@@ -758,6 +920,7 @@ def main(argv=None):
     if checkpoint:
         check_data(args, data, checkpoint)
         processes.say(f"from       {source(args)}, epoch {checkpoint['epoch']}: {fixed(args)}")
+        processes.say(f"until      epoch {args.epochs}, with the learning rate's schedule for that")
     else:
         with processes.first():  # it downloads, the others find the file
             model, checkpoint = start_model(args, data)
@@ -772,24 +935,27 @@ def main(argv=None):
     model.features.requires_grad_(not args.freeze)
     criterion = start_criterion(args, data, processes.device)
     optimizer = start_optimizer(model, args, checkpoint)
-    describe(args, data, checkpoint, processes)
+    describe(args, data, model, checkpoint, processes)
+    if args.debug:
+        return try_out(model, data, criterion, optimizer, args)
     if processes.rank == 0 and checkpoint["epoch"] == 0:
         move_aside(args.checkpoint_dir)
 
-    with saying_what_is_kept(args, checkpoint):
+    with saying_what_is_kept(args, data, checkpoint, processes):
         for epoch in range(checkpoint["epoch"], args.epochs):
             started = time.time()
             train_loader.batch_sampler.epoch = epoch
             figures = train_epoch(model, train_loader, criterion, optimizer, args, processes)
-            validation, confusion = evaluate(model, val_loader, args, processes)
+            validation, confusion, scores = evaluate(model, val_loader, args, processes)
             figures |= validation
             figures["seconds"] = time.time() - started
-            processes.say(f"epoch {epoch + 1}: {as_text(figures)}")
+            left = duration(figures["seconds"] * (args.epochs - epoch - 1))
+            processes.say(EPOCH.format(epoch=epoch + 1, left=left, **figures))
             if processes.rank == 0:
-                keep(checkpoint, figures, confusion, model, optimizer, args)
+                details = {"confusion": confusion, "scores": scores}
+                keep(checkpoint, figures, details, model, optimizer, args)
 
-    if processes.rank == 0:
-        finish(args, data, checkpoint)
+    finish(args, data, checkpoint, processes)
     processes.close()
 
 

@@ -233,7 +233,7 @@ def motion(args):
     table("clips", "mean per-class accuracy of videos", *twins(), "mean of these")
     for change in (as_they_are, middle_repeated, shuffled):
         loader = Changed(data.val_dataloader(), change)
-        figures, confusion = evaluate(trained, loader, flags, Processes("cpu"))
+        figures, confusion, _ = evaluate(trained, loader, flags, Processes("cpu"))
         right = confusion.diag()[numbers]
         count = confusion.sum(1)[numbers]
         cells = [f"{r}/{n}" for r, n in zip(right.tolist(), count.tolist(), strict=True)]

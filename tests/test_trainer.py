@@ -3,12 +3,14 @@
 import csv
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from argparse import Namespace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -301,6 +303,12 @@ class Echo(torch.nn.Module):
         return clips
 
 
+class Loader(list):
+    """Batches in a list, of which one process has all seven clips."""
+
+    batch_sampler = Namespace(own=range(7))
+
+
 def test_the_accuracies_of_clips_and_videos_are_what_they_are_called():
     """Videos 0 (class 0) and 2 (class 2) have three clips, video 1 (class 0), a short one, one."""
     logits = torch.tensor(
@@ -321,13 +329,17 @@ def test_the_accuracies_of_clips_and_videos_are_what_they_are_called():
     for i in range(0, 7, 2):
         loader.append(Batch(*[column[i : i + 2] for column in (logits, labels, videos, centred)]))
     args = Namespace(micro_batch=1, amp=False, debug=False)
-    figures, confusion = Trainer.evaluate(Echo(), loader, args, Trainer.Processes("cpu"))
+    processes = Trainer.Processes("cpu")
+    loader = Loader(loader)
+    figures, confusion, scores = Trainer.evaluate(Echo(), loader, args, processes)
 
     expected = torch.zeros(6, 6, dtype=torch.long)
     expected[0, 0] = 1
     expected[0, 1] = 1
     expected[2, 1] = 1
     assert confusion.tolist() == expected.tolist()
+    means = [logits[videos == number].softmax(1).mean(0) for number in range(3)]
+    torch.testing.assert_close(scores, torch.stack(means))
     log_p = logits[centred].double().log_softmax(1)
     assert figures == pytest.approx(
         {
@@ -365,6 +377,79 @@ def test_the_confusion_picture_shows_truth_in_rows_and_errors_in_red(tmp_path, c
     assert picture[:margin, margin:].min(axis=(0, 2)).reshape(3, -1).min(axis=1).max() < 100
 
 
+@pytest.mark.parametrize(
+    "right, n, low, high",
+    [
+        (0, 10, 0.0, 0.2775),  # Newcombe, 1998, and statsmodels' proportion_confint
+        (12, 30, 0.2459, 0.5768),
+        (10, 10, 0.7225, 1.0),
+    ],
+)
+def test_the_interval_of_a_share_is_wilsons(right, n, low, high):
+    assert Trainer.wilson(right, n) == pytest.approx((low, high), abs=2e-4)
+
+
+@pytest.mark.parametrize(
+    "confusion, warned",
+    [([[4, 0], [4, 0]], True), ([[40, 0], [1, 39]], False), ([[2, 0], [0, 1]], True)],
+)
+def test_an_accuracy_stands_beside_chance_and_the_largest_class(
+    tmp_path, capsys, confusion, warned
+):
+    Trainer.report(torch.tensor(confusion), ["plank", "squat"], tmp_path / "confusion")
+    out = capsys.readouterr().out
+    assert "guessing 50%, always the largest class" in out
+    assert ("*** Too few videos" in out) == warned
+    if confusion[0] == [4, 0]:
+        assert "right      4 of 8 videos, 50% (95 % interval 22% to 78%)" in out
+
+
+def epochs(train_top1, val_loss, val_top1):
+    rows = []
+    for n, (train, loss, val) in enumerate(zip(train_top1, val_loss, val_top1, strict=True), 1):
+        row = {"epoch": n, "train_loss": 2.0 - train, "train_top1": train, "val_loss": loss}
+        rows.append(row | {"val_video_top1": val, "val_video_mean_class": val / 2})
+    return rows
+
+
+@pytest.mark.parametrize(
+    "history, said",
+    [
+        (epochs([0.3, 0.5, 0.7], [1.0, 0.9, 0.8], [0.3, 0.4, 0.5]), "still learning"),
+        (epochs([0.3, 0.4, 0.5], [0.8, 0.9, 1.0], [0.3, 0.4, 0.5]), "still learning"),
+        (epochs([0.3, 0.9, 1.0], [0.8, 0.9, 1.0], [0.3, 0.4, 0.5]), "by heart"),
+        (epochs([0.3, 0.9, 1.0], [0.4, 0.3, 0.4], [0.3, 0.8, 0.9]), "learnt what it can"),
+    ],
+)
+def test_the_curves_are_drawn_and_read(tmp_path, capsys, history, said):
+    Trainer.draw_curves(history, tmp_path / "curves.png")
+    assert said in capsys.readouterr().out
+    picture = cv2.imread(str(tmp_path / "curves.png")).astype(int)
+    red = (picture[..., 2] > 200) & (picture[..., 0] < 80)
+    # the last value of the validation videos, at the right end of the right panel
+    rows = np.flatnonzero(red[110:, 1175]) + 110
+    assert rows.mean() == pytest.approx(370 - 260 * history[-1]["val_video_top1"], abs=3)
+
+
+def test_predictions_are_listed_and_the_worst_mistakes_shown(folder, tmp_path):
+    data = Trainer.ExerciseVideoDataModule(folder, Trainer.ClipFormat((32, 48), 4, 8.0), workers=0)
+    data.setup()
+    assert [segment.label for segment in data.val_set.segments] == [0, 1]
+    video = Trainer.explain_videos(torch.tensor([[0.1, 0.9], [0.4, 0.6]]), data, tmp_path)
+    plank, squat = [str(segment.path) for segment in data.val_set.segments]
+    assert video == squat  # the one that was right
+    with open(tmp_path / "predictions.csv", newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["file", "true", "predicted", "probability"]
+    assert rows[1:] == [[plank, "plank", "squat", "0.900"], [squat, "squat", "squat", "0.600"]]
+    sheet = cv2.imread(str(tmp_path / "mistakes.png"))
+    assert sheet.shape == (36 + 296 * 48 // 32, 4 * 300, 3)  # one mistake, four frames
+    clip = data.val_set.middle_clip(0)
+    middle = cv2.resize(clip[2].permute(1, 2, 0).flip(2).numpy(), (296, 444))
+    shown = sheet[36 + 100 : 36 + 444, 600:896].astype(int)
+    assert abs(shown - middle[100:]).mean() < 1
+
+
 # --------------------------------------------------------------------------------------- survival
 
 
@@ -376,6 +461,7 @@ def as_before_issue_11(path):
     flags |= {"device": "cpu", "checkpoint_dir": "elsewhere", "workers": 4, "cache_gb": 1.0}
     checkpoint["args"] |= flags
     checkpoint["scaler"] = {}
+    del checkpoint["scores"], checkpoint["best_epoch"]
     torch.save(checkpoint, path)
 
 
@@ -474,7 +560,7 @@ def test_a_run_goes_on_only_where_one_is(tmp_path):
         train("--resume", "--checkpoint-dir", tmp_path)
 
 
-def test_ctrl_c_says_which_epoch_is_kept_or_that_none_is(folder, tmp_path, monkeypatch):
+def test_ctrl_c_says_which_epoch_is_kept_or_that_none_is(folder, tmp_path, monkeypatch, capsys):
     flags = [*TINY, "--data", folder, "--checkpoint-dir", tmp_path / "my runs"]
     real = Trainer.evaluate
     epochs = []
@@ -489,6 +575,7 @@ def test_ctrl_c_says_which_epoch_is_kept_or_that_none_is(folder, tmp_path, monke
     command = f"python Trainer.py --resume --checkpoint-dir '{tmp_path / 'my runs'}'"
     with pytest.raises(KeyboardInterrupt, match=f"epoch 1 is kept: go on with {command}"):
         train(*flags)
+    assert "best       epoch 1 of 1" in capsys.readouterr().out  # how good what is kept is
     with pytest.raises(KeyboardInterrupt, match="stopped in the first epoch: nothing is kept"):
         train(*flags)
 
@@ -509,7 +596,9 @@ def test_a_resume_with_other_videos_or_classes_is_refused(folder, tmp_path):
     again = ["--resume", "--checkpoint-dir", tmp_path, "--epochs", "2", "--workers", "0"]
     videos = shutil.copytree(folder, tmp_path / "videos")
     (videos / "squat" / "0.mp4").rename(videos / "squat" / "9.mp4")
-    with pytest.raises(UserError, match="does not have the training videos"):
+    name = str(Path("squat", "0.mp4"))
+    new = str(Path("squat", "9.mp4"))
+    with pytest.raises(UserError, match=f"missing: {name}; new: {new}"):
         train(*again, "--data", videos)
     (videos / "squat").rename(videos / "lunge")
     with pytest.raises(UserError, match="lunge, plank, but .* trained on plank, squat"):
@@ -608,21 +697,26 @@ def test_debug_never_goes_on_with_a_run():
 
 
 @pytest.mark.slow
-def test_debug_run_then_heatmap(folder, tmp_path):
-    """The two commands of a newcomer, one after the other, in an empty folder."""
+def test_debug_shows_samples_of_all_classes_and_what_to_do_next(folder, tmp_path):
+    """The first command of a newcomer; what it showed before is gone, and no network is kept."""
+    out = tmp_path / "debug_output"
+    out.mkdir()
+    (out / "07_old_0s.png").write_text("of another run")
     done = run("Trainer.py", "--debug", "True", "--data", folder, *TINY, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "plank 4+1, squat 4+1" in done.stdout
     assert "ln(2) = 0.693" in done.stdout
+    assert "read 10 videos, one step, loss fell from" in done.stdout
+    assert f"next       python Trainer.py --data {folder} --size 32x48" in done.stdout
+    assert "0 of" not in done.stdout
     assert not (tmp_path / "checkpoints").exists()
-    out = tmp_path / "debug_output"
     for pattern in ("*_orig.mp4", "*_aug.mp4", "0*.png"):
-        assert len(list(out.glob(pattern))) == 4
-    lines = [line for line in done.stdout.splitlines() if line.startswith("try next")]
-    done = run(*lines[0].split()[3:], "--output", "map.mp4", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert cv2.VideoCapture(str(tmp_path / "map.mp4")).read()[0]
-    assert (tmp_path / "map.png").exists()
+        assert len(list(out.glob(pattern))) == 8
+    assert not (out / "07_old_0s.png").exists()
+    first = [path.name[:8] for path in sorted(out.glob("0*.png"))[:4]]
+    assert sorted(first[:2]) == ["00_plank", "01_squat"] or first[:2] == ["00_squat", "01_plank"]
+    assert first[0][3:] == first[2][3:]  # the classes in turn
+    assert len([path for path in out.iterdir() if path.suffix == ".pt"]) == 0
 
 
 @pytest.mark.slow
@@ -630,8 +724,9 @@ def test_full_run_saves_a_checkpoint_that_gives_the_same_logits(folder, tmp_path
     flags = ["--data", folder, "--epochs", 2, "--checkpoint-dir", tmp_path, *ONE_WORKER]
     done = run("Trainer.py", "--debug", "False", *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    names = ["confusion.csv", "confusion.png", "last.pt", "metrics.csv", "mobilenet_v2_3d.pt"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == names  # no videos, no rests
+    names = {*Trainer.REPORTS, "last.pt", "mobilenet_v2_3d.pt"}
+    found = {p.name for p in tmp_path.iterdir()}
+    assert found | {"mistakes.png"} == names  # no videos, no rests
 
     best = tmp_path / "mobilenet_v2_3d.pt"
     model, checkpoint = load_checkpoint(best)
@@ -657,6 +752,22 @@ def test_full_run_saves_a_checkpoint_that_gives_the_same_logits(folder, tmp_path
     assert (tmp_path / "mobilenet_v2_3d_val_confusion.png").exists()
 
 
+@pytest.mark.slow
+def test_what_a_training_says_to_try_next_can_be_pasted(folder, tmp_path):
+    videos = shutil.copytree(folder, tmp_path / "my videos")
+    flags = ["--data", "my videos", "--epochs", 1, *TINY]
+    done = run("Trainer.py", *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("try next")]
+    words = shlex.split(lines[0])
+    assert words[2:4] == ["python", "HeatMap.py"]
+    assert Path(tmp_path, words[4]).parent.parent == videos
+    done = run(*words[3:], "--output", "map.mp4", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert cv2.VideoCapture(str(tmp_path / "map.mp4")).read()[0]
+    assert (tmp_path / "map.png").exists()
+
+
 def test_the_other_flags_reach_the_run_and_the_seed_fixes_it(folder, tmp_path):
     flags = "--mode high_temporal --width-mult 0.5 --clip-fps 5 --lr 0.01 --weight-decay 0"
     flags += " --warmup 0 --amp False --cache-gb 0 --epochs 1"
@@ -678,9 +789,8 @@ def test_kinetics_weights_come_from_the_cache_or_their_absence_is_said_loudly(fo
     common = ["--debug", "True", "--model", "pretrained_resnet", "--data", folder, *TINY]
     done = run("Trainer.py", *common, cwd=tmp_path, TORCH_HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("RANDOM weights") == 2
-    saved = tmp_path / "debug_output" / "pretrained_resnet.pt"
-    assert load(saved)["weights"] == "none"
+    assert done.stdout.count("RANDOM weights") == 1
+    assert "weights: none" in done.stdout
 
     asked = [*common, "--weights", "kinetics"]
     done = run("Trainer.py", *asked, cwd=tmp_path, TORCH_HOME=str(tmp_path))
@@ -693,7 +803,6 @@ def test_kinetics_weights_come_from_the_cache_or_their_absence_is_said_loudly(fo
     assert done.returncode == 0, done.stderr
     assert "weights: kinetics" in done.stdout
     assert "RANDOM" not in done.stdout
-    assert load(saved)["weights"] == "kinetics"
 
 
 def test_a_training_without_the_imagenet_weights_says_so_twice_and_goes_on(
