@@ -480,7 +480,7 @@ def draw_band(width, size, found, classes):
     band = np.full((height, width, 3), DARK, np.uint8)
     left, right = np.array_split(band, 2, axis=1)
     write(left, ranking(found, classes), size)
-    write(right, ranges(found, classes), size)
+    write(right, list(ranges(found, classes))[:3], size)  # more would hide the scale
     scale = right[-3 * size : -2 * size]
     heat = np.linspace(0, 1, scale.shape[1])[None].repeat(size, 0)
     grey = np.full_like(scale, 90)

@@ -189,7 +189,7 @@ def test_micro_batches_add_up_to_the_same_update(folder, tmp_path, monkeypatch):
     weights = {}
     for micro_batch in (1, 3, 4):
         out = tmp_path / str(micro_batch)
-        flags = ["--epochs", 1, "--warmup", 0, "--lr", 0.1, "--cache-gb", 0]
+        flags = ["--epochs", 1, "--warmup", 0, "--lr", 0.1, "--cache-gb", 0, "--weights", "none"]
         flags += ["--micro-batch", micro_batch, "--checkpoint-dir", out]
         train(*TINY, "--data", folder, *flags)
         weights[micro_batch] = load(out / "mobilenet_v2_3d.pt")["model"]
