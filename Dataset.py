@@ -21,15 +21,20 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import sys
+import tempfile
+import unicodedata
 from collections import defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
+from threading import Lock
 
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # a broken file is reported once, by us
 
@@ -45,7 +50,10 @@ from tqdm import tqdm
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 cv2.setNumThreads(0)  # in workers too, which import or inherit this; torch gives each of them one
 
-CONTAINERS = set(".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .wmv .flv .3gp .ts .gif".split())
+CONTAINERS = set(
+    ".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .mpe .m2v .vob .mod .ts .mts .m2ts .wmv .asf .flv "
+    ".f4v .3gp .3g2 .ogv .dv .mxf .gif".split()
+)
 PICTURES = set(".jpg .jpeg .png .heic .webp .bmp .tif .tiff".split())
 TOLERANCE = 0.001  # seconds: a frame that starts this much before a time counts as starting then
 GREY = (124, 116, 104)  # ImageNet's mean in RGB, which is about 0 to the network
@@ -114,6 +122,8 @@ def replacing(path):
         part.replace(path)
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
+        if isinstance(error, RuntimeError):
+            reason = f"is the disk full? {reason}"
         raise UserError(f"{path} can't be saved ({reason}): what was saved before stays") from error
     finally:
         with suppress(OSError):
@@ -123,7 +133,8 @@ def replacing(path):
 def write_csv(path, rows):
     """Write rows of values as comma-separated UTF-8 that replaces `path` whole."""
     with replacing(path) as part:
-        with open(part, "w", newline="", encoding="utf-8") as file:
+        # names of files need not be UTF-8: they are written as they are
+        with open(part, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             csv.writer(file).writerows(rows)
 
 
@@ -144,6 +155,7 @@ def write(picture, lines, size):
     room = picture.shape[1]
     step = 3 * size // 2
     for i, line in enumerate(lines):
+        line = line.encode(errors="replace").decode()  # OpenCV crashes on names not UTF-8
         width = size + cv2.getTextSize((1, 1), line, (0, 0), FONT, size, 500)[2]
         letters = max(6, int(size * min(1, room / width)))
         top = i * step
@@ -182,22 +194,25 @@ def run_script(main, name, stopped):
     clusters and containers send before they kill, is taken for Ctrl-C.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a console may lack the letters of a name
+    sentence = None
     try:
         main()
         sys.stdout.flush()
-    except UserError as error:
-        # from a loader process it comes with a traceback in front of the sentence
-        sentence = str(error).splitlines()[-1].removeprefix("Dataset.UserError: ")
-        sys.stderr.write(f"{name}: {sentence}\n")
-        sys.exit(2)
-    except KeyboardInterrupt as stop:
-        if os.environ.get("RANK", "0") == "0":  # torchrun's processes say it once
-            sys.stderr.write(f"\n{name}: {str(stop) or stopped}\n")
-        sys.exit(130)
     except BrokenPipeError:
         # `| head` has read enough; what is still to be written would fail again at the exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)  # as a shell counts a broken pipe
+    except (UserError, OSError) as error:
+        # from a loader process it comes with a traceback in front of the sentence
+        sentence = str(error).splitlines()[-1].removeprefix("Dataset.UserError: ")
+    except KeyboardInterrupt as stop:
+        if os.environ.get("RANK", "0") == "0":  # torchrun's processes say it once
+            sys.stderr.write(f"\n{name}: {str(stop) or stopped}\n")
+        sys.exit(130)
+    if sentence:  # not above: with the error the progress bars end, which hold the line
+        sys.stderr.write(f"{name}: {sentence}\n")
+        sys.exit(2)
 
 
 # --------------------------------------------------------------------------------- file to frames
@@ -206,25 +221,66 @@ def run_script(main, name, stopped):
 ClipFormat = namedtuple("ClipFormat", "size length fps")
 
 
+# How a file can be read: its times are the same in reading order and after a jump; or they are not,
+# and it is read from its start; or it is interlaced, which can't be jumped in
+JUMPING, IN_ORDER, DEINTERLACED = "jumping", "in order", "deinterlaced"
+OPENING = Lock()  # FFmpeg's options for a file are in the environment, which all threads share
+
+
+def open_capture(name, threads=1, source="plain"):
+    """cv2.VideoCapture of a file's name, or with the source "lavfi" of a graph of filters."""
+    with OPENING:
+        if source != "plain":
+            os.environ["OPENCV_FFMPEG_CAPTURE_OPTIONS"] = f"input_format;{source}"
+        # bytes: OpenCV crashes on names that are not UTF-8
+        capture = cv2.VideoCapture(
+            os.fsencode(name), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, threads]
+        )
+        if source != "plain":
+            del os.environ["OPENCV_FFMPEG_CAPTURE_OPTIONS"]
+    return capture
+
+
+def open_filtered(path, filters):
+    """cv2.VideoCapture of a file through filters of FFmpeg."""
+    name = os.path.abspath(path)
+    for special in (r"([\\':])", r"([\\'\[\],;])"):  # of the value, then of the graph
+        name = re.sub(special, r"\\\1", name)
+    return open_capture(f"movie={name},{filters}", source="lavfi")
+
+
+@lru_cache
+def is_interlaced(path, changed):
+    """Whether a frame of the file, last changed at the time `changed`, is flagged as interlaced.
+
+    OpenCV 4.13 to 5.0 can't convert such a frame: `retrieve` returns True, and what the memory held
+    before. Where this OpenCV has no filters, the answer is False.
+    """
+    return open_filtered(path, r"select=not(eq(interlace_type\,PROGRESSIVE))").grab()
+
+
 class VideoReader:
     """Frames of a file one after the other; `time` is that of the grabbed one in seconds.
 
     Nothing in the header is believed: frame counts, rates and sizes there are wrong in many real
     files. `shape` is the (h, w) that all frames must have: set by who knows it, or by the first
-    one. UserError names the file.
+    one. `way`: how to read it, if that is known. UserError names the file.
     """
 
-    def __init__(self, path, threads=1):
+    def __init__(self, path, threads=1, way=None):
         self.path = Path(path)
         self.threads = threads
         self.shape = None
         if not self.path.is_file():
             raise UserError(f"{path} does not exist or is not a file")
+        if way is None and is_interlaced(self.path, self.path.stat().st_mtime_ns):
+            way = DEINTERLACED
+        self.way = way
         self.open()
 
     def open(self):
-        options = [cv2.CAP_PROP_N_THREADS, self.threads]
-        self.cap = cv2.VideoCapture(str(self.path), cv2.CAP_FFMPEG, options)
+        # absolute: FFmpeg takes what is before a colon for a protocol
+        self.cap = open_capture(os.path.abspath(self.path), self.threads)
         if not self.cap.isOpened():
             raise UserError(
                 f"{self.path} can't be opened as a video (empty, damaged, or not a video)"
@@ -232,6 +288,15 @@ class VideoReader:
         fps = self.cap.get(cv2.CAP_PROP_FPS)
         self.fps = fps if 1 <= fps <= 240 else 30.0  # a hint: for frames without a time
         self.time = -1 / self.fps
+        self.start = None  # time of the first frame
+        self.count = 0  # frames so far
+        self.even = True  # whether all frames came with the time that they were given
+        aspect = self.cap.get(cv2.CAP_PROP_SAR_NUM) / (self.cap.get(cv2.CAP_PROP_SAR_DEN) or 1)
+        self.pixel = aspect if 0.1 < aspect < 10 else 1.0  # width of a pixel / height
+        if self.cap.get(cv2.CAP_PROP_ORIENTATION_META) % 180:
+            self.pixel = 1 / self.pixel
+        if self.way == DEINTERLACED:
+            self.cap = open_filtered(self.path, "yadif=deint=interlaced,setpts=PTS-STARTPTS")
 
     def grab(self):
         """Step to the next frame without converting it; False at the end of what decodes."""
@@ -243,13 +308,23 @@ class VideoReader:
             self.time = time
         else:
             self.time += 1 / self.fps
+            self.even &= time <= 0
+        if self.start is None:
+            self.start = self.time
+        self.count += 1
         return True
 
     def frame(self):
-        """The grabbed frame, uint8 (H, W, 3) in BGR, upright: OpenCV honours rotation flags."""
+        """The grabbed frame, uint8 (H, W, 3) in BGR, upright: OpenCV honours rotation flags.
+
+        Pixels that are not square, of DVD and camcorders, are made so.
+        """
         ok, frame = self.cap.retrieve()
         if not ok:
             raise UserError(f"{self.path} can't be decoded at {self.time:.2f} s")
+        height, width = frame.shape[:2]
+        if abs(self.pixel - 1) > 0.02:  # many files with square ones are 0.2 % off
+            frame = cv2.resize(frame, (max(1, round(width * self.pixel)), height))
         shape = frame.shape[:2]
         self.shape = self.shape or shape
         if shape != self.shape:  # OpenCV's writer would drop it without a word
@@ -265,25 +340,36 @@ class VideoReader:
                     return
         self.open()
 
+    def no_picture(self):
+        """The UserError for a file without a frame; mostly this OpenCV lacks the codec, as AV1."""
+        codec = int(self.cap.get(cv2.CAP_PROP_FOURCC)).to_bytes(4, "little").decode("latin1")
+        return UserError(
+            f"{self.path} holds no frame that this OpenCV can decode (codec {codec!r}, where AV01 "
+            f"is AV1): if it plays elsewhere, try ffmpeg -i {self.path} -c:v libx264 OUT.mp4"
+        )
 
-# seconds until the last frame that decodes, sides in pixels; times of all frames if asked for
-Probe = namedtuple("Probe", "seconds height width times")
+
+# seconds until the last frame that decodes, sides in pixels; times of all frames; how to read it
+Probe = namedtuple("Probe", "seconds height width times way")
 
 
-def probe(path, all_times=False):
-    """The Probe of a file. UserError if no frame decodes."""
+def probe(path):
+    """The Probe of a file, which is read whole. UserError if no frame decodes."""
     video = VideoReader(path)
     if not video.grab():
-        raise UserError(f"{path} holds no frame that can be decoded")
+        raise video.no_picture()
     height, width = video.frame().shape[:2]
     times = [video.time]
-    promised = video.cap.get(cv2.CAP_PROP_FRAME_COUNT) / video.fps
-    if promised > 20 and not all_times:  # near the promised end; where that fails all is read
-        video.jump_before(promised - 1)
     while video.grab():
         times.append(video.time)
-    times = np.round(times, 6).tolist() if all_times else []
-    return Probe(max(video.time, 0.0), height, width, times)
+    times = np.round(np.maximum(times, 0), 6)
+    way = video.way or IN_ORDER
+    if way == IN_ORDER and video.even:
+        video.jump_before(times[-1])
+        # where it can't jump it begins anew, at a time below 0
+        if video.time < 0 or abs(times - video.time).min() < TOLERANCE:
+            way = JUMPING
+    return Probe(times[-1].item(), height, width, times.tolist(), way)
 
 
 def frames_at(video, times):
@@ -305,17 +391,17 @@ def frames_at(video, times):
         yield frame
 
 
-def read_frames(path, times, geometry=None):
+def read_frames(path, times, geometry=None, way=None):
     """The frame of each of `times` (ascending, seconds) -> uint8 (T, C, h, w), RGB.
 
     Whole frames, or the central `crop` of the geometry of the file. Channels are innermost in
     memory, on which v2.Resize is fastest. UserError if the file ends over 0.5 s before the last
-    time, or has another frame size.
+    time, or has another frame size. `way` is that of its Probe; without it the file is read twice.
     """
-    video = VideoReader(path)
+    video = VideoReader(path, way=way or probe(path).way)
     if geometry:
         video.shape = geometry.source
-    if times[0] > 3:
+    if times[0] > 3 and video.way == JUMPING:
         video.jump_before(times[0])
     frames = None  # all in one array: stacking them at the end made this a fifth slower
     count = 0
@@ -358,7 +444,7 @@ def quiet():
 def write_video(path, frames, fps, fourcc="mp4v"):
     """Write an iterable of frames, uint8 (H, W, 3) in BGR; the suffix chooses the container.
 
-    Odd sides lose a line, for the codecs take even ones only. UserError if it can't be opened.
+    Odd sides lose a line, for the codecs take even ones only. OSError if it can't be written.
     """
     writer = cv2.VideoWriter()
     for frame in frames:
@@ -367,14 +453,18 @@ def write_video(path, frames, fps, fourcc="mp4v"):
         if not writer.isOpened():
             # not always: the process has one stderr, and the demo is written by threads
             with quiet() if fourcc == "VP80" else nullcontext():
-                writer.open(str(path), cv2.VideoWriter_fourcc(*fourcc), fps, size)
+                name = os.fsencode(os.path.abspath(path))
+                writer.open(name, cv2.VideoWriter_fourcc(*fourcc), fps, size)
         if not writer.isOpened():
-            raise UserError(
-                f"{path} can't be written as video: check that the folder exists and may be "
-                "written to"
-            )
+            open(path, "ab").close()  # this says why, or else:
+            raise UserError(f"{path} can't be written as video")
         writer.write(frame[: size[1], : size[0]])
     writer.release()
+    # a full disk, of which the writer says nothing, has no room for a little more either
+    size = os.path.getsize(path)
+    with open(path, "ab") as file:
+        file.write(bytes(100_000))
+    os.truncate(path, size)
 
 
 # --------------------------------------------------------------------------------------- geometry
@@ -497,7 +587,7 @@ class FrameCache:
         for path, (numbers, sides) in wanted.items():
             frame_bytes = 3 * math.prod(sides)
             if self.nbytes + len(numbers) * frame_bytes > budget:
-                break
+                continue
             for number in sorted(numbers):
                 self.places[path, number] = (count, self.nbytes)
                 count += 1
@@ -530,9 +620,9 @@ class FrameCache:
 
 # ---------------------------------------------------------------------------------------- samples
 
-# A stretch of a video: number of its class, start and end in seconds, its Geometry, and which of
-# PARTS it belongs to
-Segment = namedtuple("Segment", "path label start end geometry part", defaults=[None])
+# A stretch of a video: number of its class, start and end in seconds, its Geometry, which of PARTS
+# it belongs to, and how to read the file
+Segment = namedtuple("Segment", "path label start end geometry part way", defaults=[None, None])
 # A clip of a data set: number of its segment; numbers of its frames on the time grid of the file,
 # in training of those it is drawn from; whether it is the clip in the segment's middle
 Item = namedtuple("Item", "segment grid centred")
@@ -546,6 +636,11 @@ def spread(room, count):
     nearest = min(range(count), key=lambda k: abs(starts[k] - room // 2))
     starts[nearest] = room // 2
     return sorted(set(starts))
+
+
+def grid_of(start, end, clip):
+    """Numbers on the time grid from `start` to `end` (s); the first shows the first picture."""
+    return range(int(start * clip.fps + 1e-6), int(end * clip.fps + 1e-6) + 1)
 
 
 class ExerciseVideoDataset(Dataset):
@@ -568,9 +663,7 @@ class ExerciseVideoDataset(Dataset):
         self.training = training
         self.items = []
         for number, segment in enumerate(segments):
-            first = round(segment.start * clip.fps)
-            last = first + int((segment.end - segment.start) * clip.fps + 1e-6)
-            grid = range(first, last + 1)
+            grid = grid_of(segment.start, segment.end, clip)
             room = max(0, len(grid) - clip.length)
             if training:
                 self.items.append(Item(number, grid, False))
@@ -597,7 +690,7 @@ class ExerciseVideoDataset(Dataset):
         frames = self.cache.get(segment, numbers)
         if frames is None:
             times = [number / self.clip.fps for number in numbers]
-            frames = read_frames(segment.path, times, segment.geometry)
+            frames = read_frames(segment.path, times, segment.geometry, segment.way)
             frames = resize(frames, segment.geometry)
             self.cache.put(segment, numbers, frames)
         return frames
@@ -634,10 +727,10 @@ class ExerciseVideoDataset(Dataset):
         self.debug_dir.mkdir(exist_ok=True)
         path = segment.path
         name = self.classes[segment.label]
-        stem = f"{self.debug_dir}/{self.saved:02d}_{name}_{path.stem}_{segment.start:g}s"
+        stem = f"{self.debug_dir}/{self.saved:02d}_{name}_{path.stem[:60]}_{segment.start:g}s"
         self.saved += 1
         times = [number / self.clip.fps for number in grid]
-        whole = read_frames(path, times)
+        whole = read_frames(path, times, way=segment.way)
         self._save_debug_video(whole, f"{stem}_orig.mp4")
         self._save_debug_video(clip, f"{stem}_aug.mp4")
 
@@ -740,13 +833,19 @@ UNLABELLED = -2
 Video = namedtuple("Video", "path part name labels")
 
 
+def plain(name):
+    """A name as it is compared: an accent may be of its letter or follow it, and case is free."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
 def read_table(path, header=None):
     """Rows of a csv file as lists of texts; below `header`, two names, if that is given."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = [[cell.strip() for cell in row] for row in csv.reader(file) if row]
+            rows = [[cell.strip() for cell in row] for row in csv.reader(file)]
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{path} can't be read as comma-separated text: {error}") from error
+    rows = list(filter(any, rows))  # spreadsheets add lines of commas
     if header is None:
         return rows
     if rows[:1] != [header] or min(map(len, rows)) < 2:
@@ -755,11 +854,23 @@ def read_table(path, header=None):
     return rows[1:]
 
 
+def unique(path, pairs):
+    """{key: value}. UserError if the table `path` gives a key two values."""
+    table = {}
+    for key, value in pairs:
+        if table.setdefault(key, value) != value:
+            raise UserError(f"{path} puts {key} into both {table[key]} and {value}")
+    return table
+
+
 def read_labels(path):
-    """Labels of a recording's frames, int64 (n,); UNLABELLED where the csv file names none."""
+    """Labels of a recording's frames, int64 (n,); UNLABELLED where the csv file names none.
+
+    Where every k-th frame has one, up to one in 30, it holds until the next.
+    """
     try:
-        pairs = [(int(row[0]), int(row[-1])) for row in read_table(path)]
-        frames, values = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+        table = unique(path, ((int(frame), int(k)) for frame, *_, k in read_table(path)))
+        frames, values = np.array(sorted(table.items()), dtype=np.int64).reshape(-1, 2).T
     except (ValueError, OverflowError) as error:
         raise UserError(
             f"{path} should hold a frame number first and a label last in each line: {error}"
@@ -770,8 +881,25 @@ def read_labels(path):
             f"{path} should hold frame numbers from 0 or 1 to 1e8, and no label below -1"
         )
     labels = np.full(last + 1, UNLABELLED)
-    labels[frames] = values
+    step = np.median(np.diff(frames)) if len(frames) > 1 else 1
+    for _ in range(int(step) if step <= 30 else 1):
+        labels[1:] = np.where(labels[1:] == UNLABELLED, labels[:-1], labels[1:])
+        labels[frames] = values
     return labels if 0 in frames else labels[1:]  # counted from 0, or from 1
+
+
+def stretches(times, clip):
+    """[(start, end)] in seconds of a video without its pauses of over half a clip.
+
+    times: of each frame. In a pause all moments of the grid would show the picture after it. Frames
+    that are always far apart, as in time-lapse, make no pause. What lasts less is left out.
+    """
+    half = clip.length / clip.fps / 2
+    steps = np.diff(times)
+    pauses = steps > max(half, 4 * np.median([*steps, 0]))
+    parts = np.split(times, np.flatnonzero(pauses) + 1)
+    found = [(part[0].item(), part[-1].item()) for part in parts]
+    return [(a, b) for a, b in found if b - a > half] or found[:1]
 
 
 def windows(labels, times, clip):
@@ -780,27 +908,34 @@ def windows(labels, times, clip):
     labels, times: of each frame. The label is that of the window's middle; where it holds for less
     than 60 % of the window, the window mixes two about equally and is left out.
     """
-    moments = np.arange(int(times[-1] * clip.fps + 1e-6) + 1) / clip.fps
-    frames = np.searchsorted(times, moments - TOLERANCE)  # those that `frames_at` takes
-    on_grid = np.append(labels, UNLABELLED)[np.minimum(frames, len(labels))]
     found = []
-    for first in range(0, max(1, len(on_grid) - clip.length + 1), max(1, clip.length // 2)):
-        inside = on_grid[first : first + clip.length]
-        label = inside[len(inside) // 2]
-        if label != UNLABELLED and (inside == label).mean() >= 0.6:
-            last = first + len(inside) - 1
-            found.append((int(label), first / clip.fps, last / clip.fps))
+    for start, end in stretches(times, clip):
+        moments = np.array(grid_of(start, end, clip)) / clip.fps
+        frames = np.searchsorted(times, moments - TOLERANCE)  # those that `frames_at` takes
+        on_grid = np.append(labels, UNLABELLED)[np.minimum(frames, len(labels))]
+        for first in range(0, max(1, len(on_grid) - clip.length + 1), max(1, clip.length // 2)):
+            inside = on_grid[first : first + clip.length]
+            label = inside[len(inside) // 2]
+            if label != UNLABELLED and (inside == label).mean() >= 0.6:
+                last = first + len(inside) - 1
+                found.append((int(label), moments[first].item(), moments[last].item()))
     return found
 
 
+def is_video(path):
+    """By its name, if it is a file; not hidden ones, which macOS adds, and no heat-map."""
+    named = path.suffix.lower() in CONTAINERS and not path.name.startswith(".")
+    return named and not path.stem.endswith(("_gradcam", "_hirescam")) and path.is_file()
+
+
 def video_files(root, pattern):
-    files = sorted(root.glob(pattern))
-    return [path for path in files if path.suffix.lower() in CONTAINERS and path.is_file()]
+    return [path for path in sorted(root.glob(pattern)) if is_video(path)]
 
 
 def class_folders(root, part=None):
     """The layout root/<class>/<id>.mp4; hidden folders are passed over."""
-    return [Video(path, part, path.parent.name, None) for path in video_files(root, "[!.]*/*")]
+    paths = video_files(root, "[!.]*/*")
+    return [Video(p, part, unicodedata.normalize("NFC", p.parent.name), None) for p in paths]
 
 
 def recordings(root, notes):
@@ -815,81 +950,153 @@ def recordings(root, notes):
     return videos
 
 
-def split_by_table(videos, path, seed, notes):
-    """The videos that a csv file of id,split lists, with their part; notes tell what it lacks."""
-    table = {}
-    for name, part, *_ in read_table(path, ["id", "split"]):
+def note_rest(root, videos, notes):
+    """Note what else is in a folder, hidden files and tables apart: nothing vanishes unsaid."""
+    taken = {video.path for video in videos}
+    used = {folder for path in taken for folder in path.parents}
+    rest = defaultdict(list)
+    for path in sorted(root.rglob("[!.]*")):
+        name = str(path.relative_to(root))
+        if path.is_dir():
+            # glob takes a folder that may not be read for an empty one
+            if path.parent in used | {root} and path not in used and path.name != "labels":
+                rest["folders without a video in its place"].append(name)
+        elif not path.exists():
+            rest["links to nowhere"].append(name)
+        elif path not in taken and path.suffix != ".csv":
+            rest[f"files {path.suffix} in another place or of no use"].append(name)
+    for what, names in rest.items():
+        notes.append(f"left out: {len(names)} {what} ({some(names)})")
+
+
+def some(names):
+    """The first five, and how many there are beyond."""
+    return ", ".join(names[:5]) + f" and {len(names) - 5} more" * (len(names) > 5)
+
+
+def split_by_table(videos, path, notes):
+    """The videos that a csv file of id,split lists, with their part; notes tell what it lacks.
+
+    An id is the name of a file, with its ending or without, and with its folder or without.
+    """
+
+    def key(name):
+        name = plain(name)
+        return name.removesuffix(Path(name).suffix) if Path(name).suffix in CONTAINERS else name
+
+    rows = read_table(path, ["id", "split"])
+    for name, part, *_ in rows:
         if part not in PARTS:
             raise UserError(
                 f"{path} puts {name} into {part!r}, which is none of {', '.join(PARTS)}"
             )
-        if table.setdefault(name, part) != part:
-            raise UserError(f"{path} puts {name} into both {table[name]} and {part}")
-    videos = [video._replace(part=table.get(video.path.stem)) for video in videos]
-    missing = [video.path.name for video in videos if not video.part]
+    table = unique(path, ((key(name), part) for name, part, *_ in rows))
+    listed = []
+    missing = []
+    unknown = dict(table)
+    for video in videos:
+        name = key(video.path.name)
+        for known in (f"{plain(video.path.parent.name)}/{name}", name):
+            if known in table:
+                unknown.pop(known, None)
+                listed.append(video._replace(part=table[known]))
+                break
+        else:
+            missing.append(video.path.name)
     if missing:
-        names = ", ".join(missing)
-        notes.append(f"left out: {len(missing)} videos that {path} does not list: {names}")
-    parts = {part: [video for video in videos if video.part == part] for part in PARTS}
-    if not parts["val"]:
-        notes.append(
-            f"{path} lists none for val: a fifth of those for train validate, drawn by the seed"
-        )
-        parts["train"] = split_by_video(parts["train"], seed)
-    return sum(parts.values(), [])
+        notes.append(f"left out: {len(missing)} videos that {path} does not list: {some(missing)}")
+    if unknown:
+        notes.append(f"{path} lists {len(unknown)} names that no video has: {some([*unknown])}")
+    return listed
 
 
 def split_by_video(videos, seed):
-    """The videos with their part: 20 % of each class to val, but at least one of two."""
-    classes = defaultdict(list)
+    """The videos with their part: 20 % of each class to val, but at least one of two.
+
+    Those of one name are one video, as a phone's original and its copy with another ending.
+    """
+    classes = defaultdict(dict)
     for video in videos:
-        classes[video.name].append(video.path)
-    val = set()
-    for name, paths in classes.items():
-        n_val = max(1, round(0.2 * len(paths))) if len(paths) > 1 else 0
-        val.update(random.Random(f"{seed} {name}").sample(paths, len(paths))[:n_val])
-    return [v._replace(part="val" if v.path in val else "train") for v in videos]
+        classes[video.name].setdefault(plain(video.path.stem), []).append(video)
+    split = []
+    for name, stems in classes.items():
+        n_val = max(1, round(0.2 * len(stems))) if len(stems) > 1 else 0
+        rng = random.Random(os.fsencode(f"{seed} {name}"))
+        val = rng.sample(list(stems), len(stems))[:n_val]
+        for stem, same in stems.items():
+            split += [v._replace(part="val" if stem in val else "train") for v in same]
+    return split
 
 
-def find_videos(root, seed, notes):
-    """The Videos of a folder, whatever its layout, split into parts; notes tell what was found."""
+# What a network that is evaluated brings along: names of its classes; {video it was trained on,
+# relative to its folder: bytes, or None where that is not known}
+Trained = namedtuple("Trained", "classes videos")
+
+
+def split_to_evaluate(videos, root, trained, notes):
+    """The videos that were not trained on: all if none was, else those of test, or val and new."""
+    new = []
+    for video in videos:
+        size = trained.videos.get(str(video.path.relative_to(root)), -1)
+        if size is not None and size != video.path.stat().st_size:
+            new.append(video)
+    if len(new) == len(videos):
+        return [video._replace(part="test") for video in videos]
+    names = [video.path.name for video in videos if video not in new]
+    notes.append(f"left out: {len(names)} videos that were trained on: {some(names)}")
+    return [v if v.part == "test" else v._replace(part="val") for v in new]
+
+
+def find_videos(root, notes, least=2):
+    """The Videos of a folder, whatever its layout, with the parts that it gives them.
+
+    Notes tell what was found. UserError for less than `least` classes or recordings.
+    """
     if not root.is_dir():
         raise UserError(f"{root} is not a folder: {USAGE.format(root)}")
-    if (root / "train").is_dir() and (root / "val").is_dir():
-        notes.append(f"{root} holds class folders in train and val")
-        return sum((class_folders(root / part, part) for part in PARTS), [])
+    table = root / "split.csv"
+    parts = [part for part in PARTS if (root / part).is_dir()]
+    if len(parts) > 1 or (parts and least == 1):
+        notes.append(f"{root} holds class folders in {' and '.join(parts)}")
+        if table.is_file():
+            notes.append(f"{table} is not used: the folders say what is for what")
+        return sum((class_folders(root / part, part) for part in parts), [])
     if (root / "videos").is_dir() and (root / "labels").is_dir():
         videos = recordings(root, notes)
         count = len(videos)
-        notes.append(f"{root} holds {count} untrimmed recordings with labels")
+        found = f"{root} holds {count} untrimmed recordings with labels"
     else:
         videos = class_folders(root)
         count = len({video.name for video in videos})
-        notes.append(f"{root} holds {count} class folders with videos")
-    if count < 2:
-        raise UserError(f"{notes[-1]} where at least 2 are needed: {USAGE.format(root)}")
-    table = root / "split.csv"
+        found = f"{root} holds {count} class folders with videos"
+    notes.insert(0, found)
+    if count < least:
+        raise UserError(f"{found} where at least {least} are needed: {USAGE.format(root)}")
     if table.is_file():
-        return split_by_table(videos, table, seed, notes)
-    notes.append(
-        f"split by video: if one person is in several, keep them together by {table} (the line "
-        "id,split, then lines of a name without .mp4 and train, val or test)"
-    )
-    return split_by_video(videos, seed)
+        return split_by_table(videos, table, notes)
+    if least > 1:
+        notes.append(
+            f"split by video: if one person is in several, keep them together by {table} (the line "
+            "id,split, then lines of a name without .mp4 and train, val or test)"
+        )
+    return videos
 
 
-def check_files(paths, all_times, quiet):
+CHECK = f"3 {cv2.__version__}"  # another version of this or of OpenCV may judge a file otherwise
+
+
+def check_files(paths, quiet):
     """`probe` all files in parallel -> ({path: its Probe}, {path: a sentence on what is wrong}).
 
     What was found is remembered in the user's cache folder until the size or the time of the file
-    change.
+    change, or CHECK.
     """
-    store = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    store /= "exercise_videos.json"
-    try:
-        known = json.loads(store.read_text())
-    except (OSError, ValueError):  # none yet, or damaged
-        known = {}
+    known = {}
+    with suppress(OSError, ValueError, KeyError, TypeError, RuntimeError):  # none yet, or damaged
+        store = Path(tempfile.gettempdir())  # where there is no home
+        store = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        saved = json.loads((store / "exercise_videos.json").read_text())
+        known = saved["files"] if saved["check"] == CHECK else {}
     before = len(known)
     good = {}
     bad = {}
@@ -897,9 +1104,11 @@ def check_files(paths, all_times, quiet):
     def check(path):
         try:
             stat = path.stat()
-            key = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {all_times}"
+            if not os.access(path, os.R_OK):
+                raise UserError(f"{path} may not be read: you lack the permission")
+            key = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
             if key not in known:
-                known[key] = probe(path, all_times)
+                known[key] = probe(path)
             good[path] = Probe(*known[key])
         except (UserError, OSError) as error:
             bad[path] = str(error)
@@ -909,20 +1118,22 @@ def check_files(paths, all_times, quiet):
         list(tqdm(jobs, "checking videos", len(paths), unit="file", disable=quiet))
     if len(known) > before:
         with suppress(OSError):  # then the next start checks again
-            store.parent.mkdir(parents=True, exist_ok=True)
-            store.write_text(json.dumps(known))
+            store.mkdir(parents=True, exist_ok=True)
+            text = json.dumps({"check": CHECK, "files": known})
+            (store / "exercise_videos.json").write_text(text)
     return good, dict(sorted(bad.items()))
 
 
 def refuse_twins(videos):
-    """UserError if a video of another part has the same content as one of train."""
+    """UserError if a video of another part or class has the same content as one of train."""
     train = defaultdict(list)
     for video in videos:
         if video.part == "train":
             train[video.path.stat().st_size].append(video.path)
     for video in videos:
         for twin in train[video.path.stat().st_size]:
-            if video.part != "train" and filecmp.cmp(video.path, twin, shallow=False):
+            other = video.part != "train" or video.path.parent != twin.parent
+            if other and filecmp.cmp(video.path, twin, shallow=False):
                 raise UserError(
                     f"{video.path} is the same video as {twin}, which is trained on: remove one "
                     "of the two"
@@ -933,8 +1144,12 @@ def name_labels(root, videos):
     """{label: name} of all labels in recordings, as root/classes.csv or else the number says."""
     table = root / "classes.csv"
     rows = read_table(table, ["label", "name"]) if table.is_file() else []
-    names = {row[0]: row[1] for row in rows} | {str(NO_EXERCISE): "no_exercise"}
+    pairs = ((row[0].removesuffix(".0"), unicodedata.normalize("NFC", row[1])) for row in rows)
+    names = unique(table, pairs) | {str(NO_EXERCISE): "no_exercise"}
     labels = set().union(*(video.labels.tolist() for video in videos)) - {UNLABELLED}
+    for label in map(str, labels):
+        if label in names.values() and label not in names:
+            raise UserError(f"{table} calls another label {label}: name the label {label}, too")
     return {label: names.get(str(label), str(label)) for label in sorted(labels)}
 
 
@@ -969,6 +1184,7 @@ class ExerciseVideoDataModule:
     rank: int = 0  # which of the training processes this is
     world: int = 1  # how many there are
     pin_memory: bool = False  # for a GPU
+    trained: Trained = None  # to evaluate a network: what it brings along
 
     def __post_init__(self):
         self.data = Path(self.data)
@@ -979,21 +1195,24 @@ class ExerciseVideoDataModule:
     def setup(self):
         # files
         notes = self.notes = []
-        videos = find_videos(self.data, self.seed, notes)
+        videos = find_videos(self.data, notes, least=1 if self.trained else 2)
+        note_rest(self.data, videos, notes)
         tracks = [video for video in videos if video.labels is not None]
         paths = [video.path for video in videos]
-        probes, bad = check_files(paths, bool(tracks), quiet=self.rank > 0)
+        probes, bad = check_files(paths, quiet=self.rank > 0)
         notes += [f"left out: {reason}" for reason in bad.values()]
         if bad:
             notes.append(f"{len(bad)} of {len(paths)} videos can't be read")
-        readable = [video for video in videos if video.path in probes]
-        refuse_twins(readable)
+        readable = self.draw_parts(videos, probes)
 
         # classes
         names = name_labels(self.data, tracks) if tracks else {}
         if not self.background_ratio:
             names.pop(NO_EXERCISE, None)
-        self.classes = find_classes([v for v in videos if v.part == "train"], names)
+        if self.trained:
+            self.classes = self.trained.classes
+        else:
+            self.classes = find_classes([v for v in videos if v.part in ("train", None)], names)
         count = len(self.classes)
         if count < 2:
             raise UserError(f"{self.data} has {count} classes to train where at least 2 are needed")
@@ -1012,31 +1231,48 @@ class ExerciseVideoDataModule:
         self.train_set = self.data_set(segments, "train")
         self.val_set = self.data_set(segments, "val")
         self.test_set = self.data_set(segments, "test")
-        budget = int(1e9 * self.cache_gb) // self.world
-        self.train_set.keep_in_memory(budget - self.val_set.keep_in_memory(budget))
+        if not self.trained:
+            budget = int(1e9 * self.cache_gb) // self.world
+            self.train_set.keep_in_memory(budget - self.val_set.keep_in_memory(budget))
+
+    def draw_parts(self, videos, probes):
+        """The Videos that can be read, all with a part; notes tell what is not as it was given."""
+        readable = [video for video in videos if video.path in probes]
+        if self.trained:
+            return split_to_evaluate(readable, self.data, self.trained, self.notes)
+        given = {video.part for video in videos}
+        if "val" not in given:
+            if "train" in given:
+                self.notes.append("none is for val: a fifth of those to train on, by the seed")
+            test = [video for video in readable if video.part == "test"]
+            rest = [video for video in readable if video.part != "test"]
+            readable = test + split_by_video(rest, self.seed)
+        refuse_twins(readable)
+        return readable
 
     def cut(self, video, probed, names):
-        """Segments of a Video: the whole, or the windows of a recording whose label has a name."""
-        stretches = [(video.name, 0.0, probed.seconds)]
+        """Segments of a Video: its stretches, or windows of a recording whose label has a name."""
+        found = [(video.name, *stretch) for stretch in stretches(probed.times, self.clip)]
         if video.labels is not None:
             found = windows(video.labels, probed.times, self.clip)
-            stretches = [(names[k], start, end) for k, start, end in found if k in names]
+            found = [(names[k], start, end) for k, start, end in found if k in names]
             frames = len(probed.times)
-            labels = len(video.labels)
+            labels = (video.labels != UNLABELLED).sum()
             if abs(labels - frames) > 0.01 * frames:
                 self.notes.append(
                     f"{video.path} has {frames} frames and {labels} labels: is it the right file?"
                 )
         geometry = middle(probed.height, probed.width, self.clip.size)
         segments = []
-        for name, start, end in stretches:
+        for name, start, end in found:
             if name not in self.classes:
                 raise UserError(
                     f"{video.path} in {video.part} has the class {name}, which no video to train "
-                    "on has"
+                    f"on has: those have {', '.join(self.classes)}"
                 )
             label = self.classes.index(name)
-            segments.append(Segment(video.path, label, start, end, geometry, video.part))
+            segment = Segment(video.path, label, start, end, geometry, video.part, probed.way)
+            segments.append(segment)
         return segments
 
     def thin_background(self, segments, label):
@@ -1055,10 +1291,14 @@ class ExerciseVideoDataModule:
 
     def refuse_gaps(self, videos, segments, bad):
         """UserError if a class has no clip to train on, or a part has none that should."""
+        if self.trained:
+            if not segments:
+                raise UserError(f"{self.data} has no video left to evaluate: all were trained on")
+            return
         trained = {self.classes[s.label] for s in segments if s.part == "train"}
         missing = sorted(set(self.classes) - trained)
         gaps = [f"class {name} to train on" for name in missing]
-        wanted = {video.part for video in videos} | {"val"}
+        wanted = {video.part for video in videos if video.part} | {"val"}
         gaps += sorted(wanted - {segment.part for segment in segments})
         if gaps:
             suspects = sorted(bad, key=lambda path: path.parent.name not in missing)

@@ -752,9 +752,9 @@ def test_a_second_start_reads_no_video_again(clips, monkeypatch, tmp_path):
     first = module(clips)
     read = []
 
-    def fake_probe(path, all_times):
+    def fake_probe(path):
         read.append(path.name)
-        return (1.0, 48, 96, [])
+        return (1.0, 48, 96, [0.0, 1.0], "in order")
 
     monkeypatch.setattr(Dataset, "probe", fake_probe)
     assert module(clips).train_set.segments == first.train_set.segments
