@@ -130,6 +130,28 @@ def replacing(path):
             part.unlink(missing_ok=True)
 
 
+def nfc(name):
+    """The name with letters and their accents in one: macOS takes them apart."""
+    return unicodedata.normalize("NFC", name)
+
+
+def drawable(names):
+    """Names of classes for pictures; one with letters that OpenCV's font lacks gets its number."""
+
+    def draw(letter):
+        picture = np.zeros((40, 60), np.uint8)
+        cv2.putText(picture, letter, (5, 30), cv2.FONT_HERSHEY_SIMPLEX, 0.5, 255)
+        return picture.tobytes()
+
+    lacking = draw("?")  # is drawn for them; half a letter, as in a name not UTF-8, ends OpenCV
+    shown = []
+    for i, name in enumerate(names):
+        letters = set(name) - {"?"}
+        known = all(letter.isprintable() and draw(letter) != lacking for letter in letters)
+        shown.append(name if known else f"class {i}")
+    return shown
+
+
 def write_csv(path, rows):
     """Write rows of values as comma-separated UTF-8 that replaces `path` whole."""
     with replacing(path) as part:
@@ -834,8 +856,8 @@ Video = namedtuple("Video", "path part name labels")
 
 
 def plain(name):
-    """A name as it is compared: an accent may be of its letter or follow it, and case is free."""
-    return unicodedata.normalize("NFC", name).casefold()
+    """The name of a file as it is compared: case is free."""
+    return nfc(name).casefold()
 
 
 def read_table(path, header=None):
@@ -935,7 +957,7 @@ def video_files(root, pattern):
 def class_folders(root, part=None):
     """The layout root/<class>/<id>.mp4; hidden folders are passed over."""
     paths = video_files(root, "[!.]*/*")
-    return [Video(p, part, unicodedata.normalize("NFC", p.parent.name), None) for p in paths]
+    return [Video(p, part, nfc(p.parent.name), None) for p in paths]
 
 
 def recordings(root, notes):
@@ -1144,7 +1166,7 @@ def name_labels(root, videos):
     """{label: name} of all labels in recordings, as root/classes.csv or else the number says."""
     table = root / "classes.csv"
     rows = read_table(table, ["label", "name"]) if table.is_file() else []
-    pairs = ((row[0].removesuffix(".0"), unicodedata.normalize("NFC", row[1])) for row in rows)
+    pairs = ((row[0].removesuffix(".0"), nfc(row[1])) for row in rows)
     names = unique(table, pairs) | {str(NO_EXERCISE): "no_exercise"}
     labels = set().union(*(video.labels.tolist() for video in videos)) - {UNLABELLED}
     for label in map(str, labels):
@@ -1168,8 +1190,8 @@ def find_classes(videos, names):
 class ExerciseVideoDataModule:
     """Finds the videos, checks them, splits them and makes the loaders.
 
-    `setup()` sets `classes` (names), `train_set`, `val_set`, `test_set` (may be None) and `notes`
-    (sentences for the user). UserError if the folder can't be used.
+    `setup()` sets `classes` (names), `train_set`, `val_set`, `test_set` (may be None), `sizes`
+    ({path within the folder: bytes}) and `notes` (sentences for the user). UserError if the folder can't be used.
     """
 
     data: Path  # folder as USAGE says, or with DIR/train/<class> and DIR/val/<class>
@@ -1228,6 +1250,8 @@ class ExerciseVideoDataModule:
         self.note_orientation(segments)
 
         # data sets
+        paths = {segment.path for segment in segments}
+        self.sizes = {str(p.relative_to(self.data)): p.stat().st_size for p in sorted(paths)}
         self.train_set = self.data_set(segments, "train")
         self.val_set = self.data_set(segments, "val")
         self.test_set = self.data_set(segments, "test")

@@ -48,7 +48,6 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from Dataset import (
-    CONTAINERS,
     DARK,
     PICTURES,
     WHITE,
@@ -58,9 +57,13 @@ from Dataset import (
     UserError,
     VideoReader,
     boolean,
+    drawable,
     film,
     frames_at,
+    grid_of,
+    is_video,
     middle,
+    nfc,
     replacing,
     resize,
     run_script,
@@ -91,12 +94,13 @@ of stage_names(model). methods: of METHODS. target: index of the class to explai
 probable one of each video. stride: frames of the time grid from window to window.
 """
 
-Explanation = namedtuple("Explanation", "shape target maps times moments scores")
+Explanation = namedtuple("Explanation", "shape target maps times moments scores fps")
 Explanation.__doc__ = """What the network found in a video of N frames on the time grid, M windows.
 
 shape: (h, w) of the frames in the file. target: index of the class. maps: {"layer method": float32
 (N, H', W'), signed and un-normalised}. times: float32 (N,) of these frames in seconds. moments:
-(M,) the middle of each window in seconds. scores: float32 (M, num_classes) its probabilities.
+(M,) the middle of each window in seconds. scores: float32 (M, num_classes) its probabilities. fps:
+frames per second of the file, as counted.
 """
 
 
@@ -191,8 +195,11 @@ def read_windows(video, clip, stride):
         looped = [frames[i % len(frames)] for i in range(clip.length)]
         return n, torch.cat(looped)
 
-    grid = (k / clip.fps for k in count())
-    for n, picture in enumerate(frames_at(video, grid), 1):
+    def grid():
+        first = grid_of(video.start, video.start, clip)[0]  # known with the first picture
+        yield from (k / clip.fps for k in count(first))
+
+    for n, picture in enumerate(frames_at(video, grid()), 1):
         rgb = cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
         frame = torch.from_numpy(rgb).permute(2, 0, 1)
         frame = resize(frame[None], middle(*video.shape, clip.size))
@@ -202,7 +209,7 @@ def read_windows(video, clip, stride):
             done = n
             due += stride
     if not frames:
-        raise UserError(f"{video.path} holds no frame that can be decoded")
+        raise video.no_picture()
     if n > done:
         yield window()
 
@@ -258,11 +265,15 @@ def explain_video(path, question):
     # the last window starts where it ends with the video
     length = min(n, clip.length)
     starts = np.minimum(question.stride * np.arange(len(logits)), n - length)
-    moments = (starts + (length - 1) / 2) / clip.fps
-    times = np.arange(n, dtype=np.float32) / np.float32(clip.fps)
+    first = grid_of(video.start, video.start, clip)[0]
+    moments = (first + starts + (length - 1) / 2) / clip.fps
+    times = np.arange(first, first + n, dtype=np.float32) / np.float32(clip.fps)
     maps = {name: cross_fade(cells[name], starts, clip.length, n) for name in cells}
     scores = logits.softmax(1).numpy()
-    return Explanation(video.shape, target, maps, times, moments, scores)
+    fps = video.fps  # of the header, which may be wrong
+    if video.count > 1:
+        fps = round((video.count - 1) / (video.time - video.start), 3)
+    return Explanation(video.shape, target, maps, times, moments, scores, fps)
 
 
 def shrink(maps):
@@ -356,8 +367,10 @@ def renewed(model, clips, keep):
 
 
 def correlation(a, b):
-    """Pearson correlation of what is drawn, the positive parts; 0 if one of the two is blank."""
+    """Pearson correlation of what is drawn, the positive parts; nan if the first is blank."""
     drawn = torch.stack([a, b]).double().relu().flatten(1)
+    if not drawn[0].any():
+        return math.nan
     return float(torch.corrcoef(drawn)[0, 1].nan_to_num())
 
 
@@ -404,14 +417,20 @@ def verdicts(lines, name):
     def means(test):
         return np.mean([(line.value, line.random) for line in lines if line.test == test], axis=0)
 
+    r, _ = means("new weights")
+    if math.isnan(r):
+        yield f"{name}: blank for one of the clips, so there is no verdict"
+        return
     out, random_out = means("deletion")
     kept, random_kept = means("insertion")
-    verdict = "DO NOT believe it, random places are as good"
-    if out < random_out and kept > random_kept:
+    gain = round(min(random_out - out, kept - random_kept), 2)
+    verdict = "DO NOT believe it, random places are better"
+    if gain == 0:
+        verdict = "no verdict, random places are as good"
+    if gain > 0:
         verdict = "believe it"
     deletion = f"without the hottest places {out:.0%} (without random ones {random_out:.0%})"
     yield f"{name}: {deletion}, with nothing else {kept:.0%} ({random_kept:.0%}): {verdict}"
-    r, _ = means("new weights")
     verdict = "DO NOT believe it, weights hardly matter"
     if abs(r) < 0.3:
         verdict = "it shows what was learned"
@@ -486,7 +505,7 @@ def draw_band(width, size, found, classes):
     grey = np.full_like(scale, 90)
     scale[:] = overlay(grey, heat)
     # the time line
-    times = np.linspace(0, found.times[-1], width)
+    times = np.linspace(found.times[0], found.times[-1], width)
     score = np.interp(times, found.moments, found.scores[:, found.target])
     level = np.linspace(1, 0, 2 * size)[:, None]
     band[-2 * size :] = np.where((level <= score)[..., None], BROWN, 48)
@@ -551,12 +570,13 @@ def render(path, output, found, size, classes):
         n = int(video.cap.get(cv2.CAP_PROP_FRAME_COUNT))
         bar = tqdm(drawings, "write", n, leave=False, unit="frame")
         for time, picture, panels in bar:
-            if len(moments) < 8 and time >= (len(moments) + 0.4) / 8 * found.times[-1]:
+            begin, end = found.times[[0, -1]]
+            if len(moments) < 8 and time >= begin + (len(moments) + 0.4) / 8 * (end - begin):
                 moments.append((time, panels))
             yield picture
 
     with replacing(output) as part:
-        write_video(part, pictures(), video.fps, CODECS[output.suffix])
+        write_video(part, pictures(), found.fps, CODECS[output.suffix.lower()])
     times, panels = zip(*moments, strict=True)
     name = classes[found.target]
     texts = [f"{row}: red speaks for {name}, dimmed was not seen" for row in found.maps]
@@ -593,9 +613,11 @@ def parse_args():
 
 def choose(name, names, what):
     """Index of `name` in `names`; a number is taken as the index. UserError with all names."""
-    if name in names:
-        return names.index(name)
-    if name.isdigit() and int(name) < len(names):
+    name = nfc(name)
+    same = [*map(nfc, names)]
+    if name in same:
+        return same.index(name)
+    if name.isdecimal() and int(name) < len(names):
         return int(name)
     raise UserError(f"there is no {what} {name!r}: choose one of {', '.join(names)}")
 
@@ -607,7 +629,8 @@ def find_jobs(paths, output, method):
         videos = [path]
         root = path.parent
         if path.is_dir():
-            videos = sorted(p for p in path.rglob("*") if p.suffix.lower() in CONTAINERS)
+            files = sorted(path.rglob("[!.]*"))
+            videos = [p for p in files if is_video(p) and "/." not in p.as_posix()]
             root = path
         if not videos:
             raise UserError(f"the folder {path} holds no video")
@@ -620,8 +643,8 @@ def find_jobs(paths, output, method):
                 raise UserError(f"{result} would hold two of the videos: explain them one by one")
             jobs[result] = video
     folder = output
-    if output.suffix:
-        if output.suffix not in CODECS or len(jobs) > 1:
+    if output.suffix and not output.is_dir():
+        if output.suffix.lower() not in CODECS or len(jobs) > 1:
             ends = " or ".join(CODECS)
             raise UserError(f"{output} should be a folder, or for a single video end in {ends}")
         jobs = {output: video}
@@ -681,7 +704,7 @@ def explain_file(video, output, question, args):
     ranks = ", ".join(ranking(found, classes))
     print(f"{video}: {ranks} (mean of {len(found.scores)} windows)")
     print(*ranges(found, classes), sep="\n")
-    render(video, output, found, clip.size, classes)
+    render(video, output, found, clip.size, drawable(classes))
     if args.npy:
         maps = {f"{row} {name}": maps for row, maps in found.maps.items()}
         with replacing(numbers) as part:
@@ -711,7 +734,7 @@ def main():
     for result, video in jobs.items():
         try:
             explain_file(video, result, question, args)
-        except UserError as error:
+        except (UserError, OSError) as error:
             if len(jobs) == 1:
                 raise
             sys.stderr.write(f"HeatMap.py: left out: {error}\n")

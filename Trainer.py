@@ -20,6 +20,7 @@ import random
 import re
 import shlex
 import sys
+import tempfile
 import time
 from collections import Counter, defaultdict
 from contextlib import contextmanager
@@ -38,12 +39,15 @@ from Dataset import (
     ClipFormat,
     ExerciseVideoDataModule,
     HelpFormatter,
+    Trained,
     UserError,
     between,
     bgr,
     boolean,
     collate,
+    drawable,
     film,
+    nfc,
     render_demo,
     replacing,
     run_script,
@@ -150,7 +154,12 @@ def add_training_flags(add):
     add("--class-weights", type=str, choices=("off", "inverse"), default="off", help="in the loss")
     add("--amp", **SWITCH, default=True, help="bfloat16 on CUDA")
     add("--device", type=str, default="auto", help="cuda, cuda:1, mps, cpu; auto: the first there")
-    add("--seed", type=int, default=0, help="of split, weights, order and augmentation")
+    add(
+        "--seed",
+        type=between(0, 10**12),
+        default=0,
+        help="of split, weights, order and augmentation",
+    )
     add("--checkpoint-dir", type=Path, default=Path("checkpoints"), help="for all that is kept")
     add("--resume", **SWITCH, default=False, help="go on with the run in --checkpoint-dir")
     add("--evaluate", type=Path, help="no training: accuracies of this file, on test or val")
@@ -317,8 +326,17 @@ def pick_micro_batch(args, model, processes):
 # -------------------------------------------------------------------------------- data and network
 
 
-def find_data(args, processes):
-    """The data module: first by process 0, which draws the demo and remembers checked videos."""
+def find_data(args, processes, checkpoint):
+    """The data module: first by process 0, which draws the demo and remembers checked videos.
+
+    To evaluate a checkpoint: all videos that it was not trained on.
+    """
+    trained = None
+    if args.evaluate:
+        split = checkpoint["split"]
+        sizes = split.get("bytes", {})  # older checkpoints have the names alone
+        videos = {name: sizes.get(name) for name in split.get("train", [])}
+        trained = Trained([*map(nfc, checkpoint["classes"])], videos)
     fields = {name: getattr(args, name) for name in DATA_FLAGS}
     clip = ClipFormat(args.size, args.clip_len, args.clip_fps)
     data = ExerciseVideoDataModule(
@@ -327,6 +345,7 @@ def find_data(args, processes):
         rank=processes.rank,
         world=processes.world,
         pin_memory=processes.device.type == "cuda",
+        trained=trained,
     )
     with processes.first():
         if Path(args.data) == DEMO and not DEMO.exists():
@@ -335,7 +354,11 @@ def find_data(args, processes):
                 data.data = DEMO.with_name("demo_debug")
             if not data.data.exists():
                 render_demo(data.data, 0, *people)
-        data.setup()
+        try:
+            data.setup()
+        except UserError:
+            processes.say("\n".join(data.notes))  # they may hold the reason
+            raise
     return data
 
 
@@ -345,15 +368,15 @@ def video_names(data, data_set):
 
 
 def check_data(args, data, checkpoint):
-    """UserError if the data has other classes than the checkpoint, or a run other videos."""
-    if checkpoint["classes"] != data.classes:
+    """UserError if the data has other classes or videos than the run that goes on."""
+    if [*map(nfc, checkpoint["classes"])] != data.classes:
         raise UserError(
             f"{args.data} has the classes {', '.join(data.classes)}, but {source(args)} was "
             f"trained on {', '.join(checkpoint['classes'])}"
         )
     was = checkpoint["split"]
     now = video_names(data, data.train_set)
-    if was["train"] != now and not args.evaluate:
+    if was["train"] != now:
         before = {*was["train"], *was["val"]}
         found = {*now, *video_names(data, data.val_set)}
         missing = ", ".join(sorted(before - found)[:5]) or "none"
@@ -370,7 +393,8 @@ def start_model(args, data):
     model = build_model(args.model, len(data.classes), args.mode, args.width_mult)
     checkpoint = new_checkpoint(model, data.classes, args.size, args.clip_len, args.clip_fps)
     train = video_names(data, data.train_set)
-    checkpoint["split"] = {"train": train, "val": video_names(data, data.val_set)}
+    val = video_names(data, data.val_set)
+    checkpoint["split"] = {"train": train, "val": val, "bytes": data.sizes}
     wanted = args.weights
     if wanted == "auto":
         wanted = auto_weights(args.model, args.width_mult, args.debug)
@@ -759,6 +783,7 @@ def put_text(picture, text, x, y, colour=(0, 0, 0)):
 
 def confusion_picture(confusion, classes):
     """uint8 BGR: one row per true class, deeper for a larger share of it, red for wrong."""
+    classes = drawable(classes)
     margin = 20 + 10 * max(map(len, classes))
     side = margin + CELL * len(classes)
     picture = np.full((side, side, 3), 255, np.uint8)
@@ -914,11 +939,13 @@ def main(argv=None):
     # data
     with user_errors(f"checkpoints can't be saved in {args.checkpoint_dir}: "):
         args.checkpoint_dir.mkdir(parents=True, exist_ok=True)
-    data = find_data(args, processes)
+        tempfile.TemporaryFile(dir=args.checkpoint_dir).close()
+    data = find_data(args, processes, checkpoint)
 
     # network
     if checkpoint:
-        check_data(args, data, checkpoint)
+        if not args.evaluate:
+            check_data(args, data, checkpoint)
         processes.say(f"from       {source(args)}, epoch {checkpoint['epoch']}: {fixed(args)}")
         processes.say(f"until      epoch {args.epochs}, with the learning rate's schedule for that")
     else:

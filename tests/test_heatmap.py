@@ -724,7 +724,8 @@ def test_check_prints_verdicts_and_writes_its_numbers(tmp_path, video, checkpoin
         "plank",
     )
     assert code == 0, stderr
-    assert sum("believe" in line or "learned" in line for line in stdout.splitlines()) == 2
+    words = ("believe", "learned", "no verdict")
+    assert sum(any(word in line for word in words) for line in stdout.splitlines()) == 2
     with open(tmp_path / "out_check.csv") as file:
         lines = list(csv.DictReader(file))
     assert [line["test"] for line in lines] == ["new weights"] * 4 + ["deletion"] * 4 + [
@@ -824,7 +825,6 @@ def damaged(folder, checkpoints, kind):
         ("--stride", "0", ["--stride 0"]),
         ("--output", "out.xyz", ["out.xyz", ".webm", ".mp4"]),
         ("--output", "missing/out.mp4", ["missing"]),
-        ("--output", "folder.mp4", ["folder.mp4"]),
         ("--output", "clip.mp4", ["clip.mp4"]),  # the source itself
         ("--device", "abacus", ["abacus"]),
     ],
@@ -835,7 +835,6 @@ def test_error_is_one_sentence_and_leaves_nothing_behind(
 ):
     (tmp_path / "text.mp4").write_text("these are words\n" * 99)
     (tmp_path / "empty.mp4").touch()
-    (tmp_path / "folder.mp4").mkdir()
     (tmp_path / "nothing").mkdir()
     args = {
         "--video": tmp_path / "clip.mp4",
