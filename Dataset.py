@@ -135,21 +135,13 @@ def nfc(name):
     return unicodedata.normalize("NFC", name)
 
 
+# letters that OpenCV's font draws as ?, and halves of a letter, on which it crashes
+LACKING = re.compile("[\u0530-\u058f\u0700-\u1dff\ud800-\udfff\U00010000-\U0010ffff]")
+
+
 def drawable(names):
     """Names of classes for pictures; one with letters that OpenCV's font lacks gets its number."""
-
-    def draw(letter):
-        picture = np.zeros((40, 60), np.uint8)
-        cv2.putText(picture, letter, (5, 30), cv2.FONT_HERSHEY_SIMPLEX, 0.5, 255)
-        return picture.tobytes()
-
-    lacking = draw("?")  # is drawn for them; half a letter, as in a name not UTF-8, ends OpenCV
-    shown = []
-    for i, name in enumerate(names):
-        letters = set(name) - {"?"}
-        known = all(letter.isprintable() and draw(letter) != lacking for letter in letters)
-        shown.append(name if known else f"class {i}")
-    return shown
+    return [f"class {i}" if LACKING.search(name) else name for i, name in enumerate(names)]
 
 
 def write_csv(path, rows):
@@ -249,26 +241,23 @@ JUMPING, IN_ORDER, DEINTERLACED = "jumping", "in order", "deinterlaced"
 OPENING = Lock()  # FFmpeg's options for a file are in the environment, which all threads share
 
 
-def open_capture(name, threads=1, source="plain"):
-    """cv2.VideoCapture of a file's name, or with the source "lavfi" of a graph of filters."""
+def open_capture(path, threads=1, filters=None):
+    """cv2.VideoCapture of a file, through filters of FFmpeg if they are given."""
+    name = os.path.abspath(path)  # FFmpeg takes what is before a colon for a protocol
+    options = {}
+    if filters:
+        for special in (r"([\\':])", r"([\\'\[\],;])"):  # of the value, then of the graph
+            name = re.sub(special, r"\\\1", name)
+        name = f"movie={name},{filters}"
+        options["OPENCV_FFMPEG_CAPTURE_OPTIONS"] = "input_format;lavfi"
+    parameters = [cv2.CAP_PROP_N_THREADS, threads]
     with OPENING:
-        if source != "plain":
-            os.environ["OPENCV_FFMPEG_CAPTURE_OPTIONS"] = f"input_format;{source}"
+        os.environ.update(options)
         # bytes: OpenCV crashes on names that are not UTF-8
-        capture = cv2.VideoCapture(
-            os.fsencode(name), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, threads]
-        )
-        if source != "plain":
-            del os.environ["OPENCV_FFMPEG_CAPTURE_OPTIONS"]
+        capture = cv2.VideoCapture(os.fsencode(name), cv2.CAP_FFMPEG, parameters)
+        for option in options:
+            del os.environ[option]
     return capture
-
-
-def open_filtered(path, filters):
-    """cv2.VideoCapture of a file through filters of FFmpeg."""
-    name = os.path.abspath(path)
-    for special in (r"([\\':])", r"([\\'\[\],;])"):  # of the value, then of the graph
-        name = re.sub(special, r"\\\1", name)
-    return open_capture(f"movie={name},{filters}", source="lavfi")
 
 
 @lru_cache
@@ -278,7 +267,7 @@ def is_interlaced(path, changed):
     OpenCV 4.13 to 5.0 can't convert such a frame: `retrieve` returns True, and what the memory held
     before. Where this OpenCV has no filters, the answer is False.
     """
-    return open_filtered(path, r"select=not(eq(interlace_type\,PROGRESSIVE))").grab()
+    return open_capture(path, 1, r"select=not(eq(interlace_type\,PROGRESSIVE))").grab()
 
 
 class VideoReader:
@@ -301,11 +290,11 @@ class VideoReader:
         self.open()
 
     def open(self):
-        # absolute: FFmpeg takes what is before a colon for a protocol
-        self.cap = open_capture(os.path.abspath(self.path), self.threads)
+        self.cap = open_capture(self.path, self.threads)
         if not self.cap.isOpened():
             raise UserError(
-                f"{self.path} can't be opened as a video (empty, damaged, or not a video)"
+                f"{self.path} can't be opened as a video (empty, damaged, not a video, or you may "
+                "not read it)"
             )
         fps = self.cap.get(cv2.CAP_PROP_FPS)
         self.fps = fps if 1 <= fps <= 240 else 30.0  # a hint: for frames without a time
@@ -318,7 +307,7 @@ class VideoReader:
         if self.cap.get(cv2.CAP_PROP_ORIENTATION_META) % 180:
             self.pixel = 1 / self.pixel
         if self.way == DEINTERLACED:
-            self.cap = open_filtered(self.path, "yadif=deint=interlaced,setpts=PTS-STARTPTS")
+            self.cap = open_capture(self.path, 1, "yadif=deint=interlaced,setpts=PTS-STARTPTS")
 
     def grab(self):
         """Step to the next frame without converting it; False at the end of what decodes."""
@@ -358,7 +347,7 @@ class VideoReader:
         for back in (0.2, 1, 4, 16):
             self.time = None  # whatever the next frame says
             if time > back and self.cap.set(cv2.CAP_PROP_POS_MSEC, 1000 * (time - back)):
-                if self.grab() and 0 < self.time <= time:
+                if self.grab() and 0 < self.time < time - TOLERANCE:
                     return
         self.open()
 
@@ -973,20 +962,19 @@ def recordings(root, notes):
 
 
 def note_rest(root, videos, notes):
-    """Note what else is in a folder, hidden files and tables apart: nothing vanishes unsaid."""
-    taken = {video.path for video in videos}
-    used = {folder for path in taken for folder in path.parents}
+    """Note what else is in a folder, tables and hidden files apart: nothing vanishes unsaid."""
+    used = {video.path for video in videos}
+    known = used.union(*(path.parents for path in used)) | {root / "labels"}
     rest = defaultdict(list)
     for path in sorted(root.rglob("[!.]*")):
-        name = str(path.relative_to(root))
+        name = path.relative_to(root).as_posix()
+        what = f"files {path.suffix} in another place or of no use"
         if path.is_dir():
-            # glob takes a folder that may not be read for an empty one
-            if path.parent in used | {root} and path not in used and path.name != "labels":
-                rest["folders without a video in its place"].append(name)
+            what = "folders without a video in its place"
         elif not path.exists():
-            rest["links to nowhere"].append(name)
-        elif path not in taken and path.suffix != ".csv":
-            rest[f"files {path.suffix} in another place or of no use"].append(name)
+            what = "links to nowhere"
+        if path not in known and path.suffix != ".csv" and "/." not in name:
+            rest[what].append(name)
     for what, names in rest.items():
         notes.append(f"left out: {len(names)} {what} ({some(names)})")
 
@@ -1126,8 +1114,6 @@ def check_files(paths, quiet):
     def check(path):
         try:
             stat = path.stat()
-            if not os.access(path, os.R_OK):
-                raise UserError(f"{path} may not be read: you lack the permission")
             key = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
             if key not in known:
                 known[key] = probe(path)
@@ -1191,7 +1177,8 @@ class ExerciseVideoDataModule:
     """Finds the videos, checks them, splits them and makes the loaders.
 
     `setup()` sets `classes` (names), `train_set`, `val_set`, `test_set` (may be None), `sizes`
-    ({path within the folder: bytes}) and `notes` (sentences for the user). UserError if the folder can't be used.
+    ({path within the folder: bytes}) and `notes` (sentences for the user). UserError if the folder
+    can't be used.
     """
 
     data: Path  # folder as USAGE says, or with DIR/train/<class> and DIR/val/<class>
