@@ -27,7 +27,7 @@ import signal
 import sys
 import tempfile
 import unicodedata
-from collections import defaultdict, namedtuple
+from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -832,9 +832,10 @@ def start_worker(_):
 
 # --------------------------------------------------------------------- folders to a table of rows
 
-USAGE = """--data takes {0}/<class>/<id>.mp4 (optionally with {0}/split.csv), or \
-{0}/videos/<id>.mp4 with {0}/labels/<id>.csv (in each line a frame's number first and its label \
-last, -1 for no exercise)"""
+USAGE = (
+    "--data takes DIR with DIR/<class>/*.mp4, or DIR/videos/<id>.mp4 and DIR/labels/<id>.csv: see "
+    "README.md, Your own videos"
+)
 PARTS = ("train", "val", "test")
 NO_EXERCISE = -1
 UNLABELLED = -2
@@ -1013,6 +1014,8 @@ def split_by_table(videos, path, notes):
                 break
         else:
             missing.append(video.path.name)
+    counts = Counter(video.part for video in listed)
+    notes.append(f"{path} puts " + ", ".join(f"{counts[part]} into {part}" for part in PARTS))
     if missing:
         notes.append(f"left out: {len(missing)} videos that {path} does not list: {some(missing)}")
     if unknown:
@@ -1057,13 +1060,34 @@ def split_to_evaluate(videos, root, trained, notes):
     return [v if v.part == "test" else v._replace(part="val") for v in new]
 
 
+def look_closer(root):
+    """What a folder holds that can't be used, and what to do about it."""
+    files = [path.relative_to(root) for path in sorted(root.rglob("*")) if path.is_file()]
+    videos = [path for path in files if path.suffix.lower() in CONTAINERS]
+    pictures = sum(path.suffix.lower() in PICTURES for path in files)
+    if not root.exists():
+        return "it does not exist"
+    if root.suffix.lower() in (".zip", ".rar", ".7z", ".gz"):
+        return "unpack it first"
+    if root.is_file():
+        return "a single video is for HeatMap.py"
+    if not videos:
+        return f"it holds no video and {pictures} pictures"
+    depth = len(videos[0].parts)
+    if depth == 1:
+        return f"{videos[0]} lies right in it: if it is one class, give {root.absolute().parent}"
+    if depth == 2:
+        return f"its only folder with videos is {videos[0].parent}"
+    return f"videos lie deeper, as {videos[0]}: give the folder that holds those of the classes"
+
+
 def find_videos(root, notes, least=2):
     """The Videos of a folder, whatever its layout, with the parts that it gives them.
 
     Notes tell what was found. UserError for less than `least` classes or recordings.
     """
     if not root.is_dir():
-        raise UserError(f"{root} is not a folder: {USAGE.format(root)}")
+        raise UserError(f"{root} is not a folder, {look_closer(root)}: {USAGE}")
     table = root / "split.csv"
     parts = [part for part in PARTS if (root / part).is_dir()]
     if len(parts) > 1 or (parts and least == 1):
@@ -1081,7 +1105,8 @@ def find_videos(root, notes, least=2):
         found = f"{root} holds {count} class folders with videos"
     notes.insert(0, found)
     if count < least:
-        raise UserError(f"{found} where at least {least} are needed: {USAGE.format(root)}")
+        hint = look_closer(root)
+        raise UserError(f"{found} where at least {least} are needed; {hint}. {USAGE}")
     if table.is_file():
         return split_by_table(videos, table, notes)
     if least > 1:
@@ -1316,15 +1341,15 @@ class ExerciseVideoDataModule:
             why = "".join(f"{bad[path]}; " for path in suspects[:3])
             seconds = self.clip.length / self.clip.fps
             raise UserError(
-                f"{self.data} has no clip left for {', '.join(gaps)}: {why}a class takes 2 videos, "
-                f"and in recordings one that lasts for {seconds:g} s"
+                f"{self.data} has no clip left for {', '.join(gaps)}: {why}each class needs "
+                f"a video to train on and one to validate with, in recordings of {seconds:g} s"
             )
 
     def note_orientation(self, segments):
         W, H = self.clip.size
         sources = {s.path: s.geometry.source for s in segments}.values()
         misfit = sum((w > h) != (W > H) for h, w in sources if w != h)
-        if misfit and W != H:
+        if misfit > len(sources) / 2 and W != H:
             kind = "landscape" if W < H else "portrait"
             self.notes.append(
                 f"{misfit} of {len(sources)} videos are {kind}, which {W}x{H} cuts: try --size "

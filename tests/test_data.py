@@ -602,6 +602,8 @@ def test_split_csv_decides_and_what_it_lacks_is_left_out(clips):
     assert names(data.val_set) == ["s1"]
     assert names(data.test_set) == ["p1"]
     assert [len(batch.labels) for batch in data.test_dataloader()] == [1]
+    said = f"{clips / 'split.csv'} puts 3 into train, 1 into val, 1 into test"
+    assert said in data.notes
     assert any("1 videos" in note and "s2.mp4" in note for note in data.notes)
     assert data.class_weights().tolist() == pytest.approx([3 / (2 * 2), 3 / (2 * 1)])
     lines = ["id,split", *(f"{name},train" for name in "s0 s1 p0 p1 p2".split()), "s2,test"]
@@ -837,11 +839,35 @@ def test_folders_that_can_not_be_used_are_explained(tmp_path):
         module(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "files, data, sentence",
+    [
+        ([], "none", "none is not a folder, it does not exist"),
+        (["v.zip"], "v.zip", "v.zip is not a folder, unpack it first"),
+        (["squat/0.mp4"], "squat/0.mp4", "is not a folder, a single video is for HeatMap.py"),
+        (["squat/0.mp4"], "squat", "0.mp4 lies right in it: if it is one class, give .*"),
+        (["squat/0.mp4"], ".", "1 class folders .*; its only folder with videos is squat"),
+        (["my/squat/0.mp4"], ".", "videos lie deeper, as my/squat/0.mp4: give the folder that"),
+        (["squat/0.JPG", "lunge/1.png"], ".", "it holds no video and 2 pictures"),
+    ],
+)
+def test_a_wrong_folder_is_told_what_it_holds(tmp_path, files, data, sentence):
+    for name in files:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    with pytest.raises(UserError, match=sentence):
+        module(tmp_path / data)
+
+
 def test_a_misfit_of_orientation_is_said_once(tmp_path):
     for name in ("a", "b"):
         for i in range(2):
             write_video(tmp_path / name / f"{i}.mp4", picture(i + 2 * (name == "b")))
     assert "--size 64x48" in module(tmp_path).notes[-1]
+    for i in range(4):
+        write_video(tmp_path / "c" / f"{i}.mp4", picture(9 + i, height=96, width=48))
+    assert not any("--size" in note for note in module(tmp_path).notes)  # four of eight
 
 
 # --------------------------------------------------------------------------- shared by both scripts
@@ -959,9 +985,9 @@ def test_debug_writes_the_first_ten_samples_before_and_after(folder, tmp_path, m
     written = sorted(p.name for p in (tmp_path / "debug_output").iterdir())
     assert len(written) == 30
     assert sum(name.endswith("_orig.mp4") for name in written) == 10
-    assert written[0].startswith("00_plank_0_0s_")
+    assert written[0] == "00_plank_0_0s.png"
     # 64x96 in a row of eight, a line above; below the clip, 48x64, in the same way
-    assert cv2.imread(f"debug_output/{written[1]}").shape == (36 + 444 + 36 + 394, 2400, 3)
+    assert cv2.imread(f"debug_output/{written[0]}").shape == (36 + 444 + 36 + 394, 2400, 3)
     assert data.workers == 0
     assert data.train_set.cache.nbytes == 0
 
