@@ -43,8 +43,9 @@ MODES = ("standard", "high_temporal")
 # (mean, standard deviation) of red, green and blue, for pixels in 0..1
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 KINETICS = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)
-# of okankop/Efficient-3DCNNs, which takes this mean from pixels in 0..255 and does not divide
-EFFICIENT_3DCNNS = (114.7748 / 255, 107.7354 / 255, 99.4750 / 255), (1 / 255, 1 / 255, 1 / 255)
+# of okankop/Efficient-3DCNNs: from pixels in 0..255 it takes (114.7748, 107.7354, 99.4750), and
+# does not divide; here both divided by 255
+EFFICIENT_3DCNNS = (0.45009725, 0.42249176, 0.39009804), (0.00392157, 0.00392157, 0.00392157)
 
 
 # ------------------------------------------------------------------------------------ the networks
@@ -104,6 +105,8 @@ class VideoClassifier(nn.Module):
     # Bytes that a training step on the CPU keeps per pixel (T x H x W) of a clip, measured for
     # r3d_18 in float32; it decides how many clips are computed at a time.
     step_bytes = 2000
+    # How many of the first stages stay as they are when a training starts from trained weights.
+    early = 0
 
     def __init__(self, features, channels, num_classes, dropout=0.2, pixels=IMAGENET):
         super().__init__()
@@ -174,6 +177,8 @@ class SparseModel(VideoClassifier):
         # measured, as that of VideoClassifier; a narrow network needs more than its share
         full_width = 2800 if mode == "high_temporal" else 1700
         self.step_bytes = full_width * max(0.5, width_mult)
+        # the stem and three blocks, which cost three quarters of a step; nothing was lost
+        self.early = 4
 
     def init_convolutions(self):
         """He et al., fan_out, as in the reference, but counting groups.
@@ -280,10 +285,9 @@ def weights_file(name):
 def auto_weights(name, width_mult=1.0, debug=False):
     """The word that --weights auto stands for: that of what torchvision offers, or "none"."""
     network = MODELS[name]
-    partly = debug or width_mult != 1.0
-    if network.pretrained is None or (partly and not network.always):
-        return "none"
-    return re.match("imagenet|kinetics", network.pretrained.name.lower())[0]
+    if network.pretrained and (network.always or (width_mult == 1.0 and not debug)):
+        return re.match("imagenet|kinetics", network.pretrained.name.lower())[0]
+    return "none"
 
 
 def read_state(source, pretrained=None):
@@ -310,36 +314,29 @@ def inflate(kernel, conv):
     each second one, in the end all but the first; a mean of all three loses the ends to padding.
     """
     taps = torch.zeros(conv.kernel_size[0], 1, 1)
-    if conv.stride[0] == 2:
-        taps[1:] = 0.5
-    else:
-        taps[len(taps) // 2] = 1.0
+    middle = len(taps) // 2
+    stride = conv.stride[0]
+    taps[middle : middle + stride] = 1 / stride
     return kernel[:, :, None] * taps
 
 
 def fill_stages(model, file):
     """Load the stages of a model from the dict of a file, one of the kinds of `load_weights`."""
-    state = file.get("model", file.get("state_dict", file))
-    stages = {}
-    for name, value in state.items():
-        name = name.removeprefix("module.").removeprefix("features.")
-        if not name.startswith(("fc.", "classifier.")):
-            stages[name] = value
-    if "mean" in file:
-        model.mean = tuple(file["mean"])
-        model.std = tuple(file["std"])
+    pixels = file.get("mean", model.mean), file.get("std", model.std)
     if "state_dict" in file:
-        # Efficient-3DCNNs: other names, in the same order
-        stages = dict(zip(model.features.state_dict(), stages.values(), strict=True))
-        model.mean, model.std = EFFICIENT_3DCNNS
+        pixels = EFFICIENT_3DCNNS
+    state = file.get("model", file.get("state_dict", file))
+    # all kinds have the same order, whatever the names; the linear layer comes last and is left out
+    stages = dict(zip(model.features.state_dict(), state.values(), strict=False))
     for name, value in stages.items():
         if value.ndim == 4:
             conv = model.features.get_submodule(name.removesuffix(".weight"))
             stages[name] = inflate(value, conv)
     model.features.load_state_dict(stages)
+    model.mean, model.std = map(tuple, pixels)
 
 
-def load_weights(model, weights):
+def load_weights(model, weights, debug=False):
     """Fill the stages of a model of `build_model`; the new linear layer stays as it is.
 
     Args:
@@ -347,23 +344,23 @@ def load_weights(model, weights):
             "auto", as `auto_weights` says; or the path of a checkpoint of Trainer.py, of a state
             dict of torchvision's network, for mobilenet_v2_3d the 2D one, which is inflated, or of
             a 3D MobileNetV2 of okankop/Efficient-3DCNNs.
-    Returns what was loaded: the word or the path, as text. The model's mean and std become those
-    that the weights of a checkpoint or of Efficient-3DCNNs were trained with.
+        debug: whether "auto" is for a debug run.
+    Returns what was loaded: "none", a word or the path, as text. The model's mean and std become
+    those that the weights of a checkpoint or of Efficient-3DCNNs were trained with.
     Raises OSError if the weights can't be had, ValueError if they don't fit this network.
     """
     width = model.args["width_mult"]
+    pretrained = None
     if weights == "auto":
-        weights = auto_weights(model.name, width)
+        weights = auto_weights(model.name, width, debug)
     if weights == "none":
         return "none"
-    pretrained = None
     if weights in DATA_SETS:
-        name = DATA_SETS[weights]
-        if weights != auto_weights(model.name):
-            raise ValueError(f"there are no {name} weights for {model.name}: use --weights none")
-        if weights != auto_weights(model.name, width):
-            raise ValueError(f"the {name} weights are of width 1.0, not {width:g}")
         pretrained = MODELS[model.name].pretrained
+        if weights != auto_weights(model.name, width):
+            raise ValueError(
+                f"there are no {DATA_SETS[weights]} weights for {model.name} of width {width:g}"
+            )
     state = read_state(weights, pretrained)
     try:
         fill_stages(model, state)
@@ -401,6 +398,7 @@ def new_checkpoint(model, classes, size, clip_len, clip_fps):
         metrics: dict of figures of the last epoch
         confusion: int64 (true, predicted), counts of the videos in the best epoch
         optimizer, scaler: state dicts, in last.pt alone
+        raw: as `model`, in last.pt alone: the weights to train on, where `model` is their average
     """
     network = {
         "format": FORMAT,

@@ -59,7 +59,15 @@ from SparseModel import (
     fold_batch_norm,
     load_checkpoint,
 )
-from Trainer import DEMO, Processes, evaluate, keep_freed_memory
+from Trainer import (
+    DEMO,
+    Processes,
+    evaluate,
+    is_trained,
+    keep_freed_memory,
+    middle_frame,
+    without_person,
+)
 
 DEMO_FPS = 30  # of render_demo_video
 
@@ -175,28 +183,8 @@ def compare(what, case, times):
 SHUFFLE = torch.Generator().manual_seed(0)  # of the order of frames, the same in every run
 
 
-class Changed:
-    """A loader whose clips uint8 (B, T, C, H, W) are changed."""
-
-    def __init__(self, loader, change):
-        self.loader = loader
-        self.change = change
-
-    def __len__(self):
-        return len(self.loader)
-
-    def __iter__(self):
-        for batch in self.loader:
-            yield batch._replace(clips=self.change(batch.clips))
-
-
 def as_they_are(clips):
     return clips
-
-
-def middle_repeated(clips):
-    n = clips.shape[1]
-    return clips[:, [n // 2] * n]
 
 
 def shuffled(clips):
@@ -231,9 +219,9 @@ def motion(args):
     numbers = [data.classes.index(name) for name in twins()]
     flags = Trainer.parse_args(["--micro-batch", "16"])
     table("clips", "mean per-class accuracy of videos", *twins(), "mean of these")
-    for change in (as_they_are, middle_repeated, shuffled):
-        loader = Changed(data.val_dataloader(), change)
-        figures, confusion, _ = evaluate(trained, loader, flags, Processes("cpu"))
+    how = (trained, data.val_dataloader(), flags, Processes("cpu"), is_trained(checkpoint))
+    for change in (as_they_are, middle_frame, without_person, shuffled):
+        figures, confusion, _ = evaluate(*how, change)
         right = confusion.diag()[numbers]
         count = confusion.sum(1)[numbers]
         cells = [f"{r}/{n}" for r, n in zip(right.tolist(), count.tolist(), strict=True)]

@@ -3,6 +3,7 @@
 import csv
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -17,11 +18,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, fails_with, run, write_video
+from torch import nn
 from torchvision.models.video import r3d_18
 
 import Trainer
 from Dataset import Batch, UserError
-from SparseModel import VideoClassifier, build_model, load_checkpoint
+from SparseModel import (
+    MODELS,
+    Network,
+    VideoClassifier,
+    build_model,
+    load_checkpoint,
+    weights_file,
+)
 
 TINY = "--size 32x48 --clip-len 4 --batch-size 4 --workers 0 --device cpu".split()
 ON_ANY_DEVICE = TINY[:-2]
@@ -135,14 +144,14 @@ def test_a_trained_backbone_learns_slower_than_the_new_head_and_norms_do_not_dec
     kernel = model.features[0][0].weight
     norm = model.features[0][1].weight
     assert rate(kernel, "none") == (1.0, 0.5)
-    assert rate(kernel, "kinetics") == (0.1, 0.5)
+    assert rate(kernel, "kinetics") == (0.3, 0.5)
     assert rate(norm, "none") == (1.0, 0.0)
-    assert rate(norm, "kinetics") == (0.1, 0.0)
+    assert rate(norm, "kinetics") == (0.3, 0.0)
     assert rate(model.classifier[1].weight, "kinetics") == (1.0, 0.5)
     assert rate(model.classifier[1].bias, "kinetics") == (1.0, 0.0)
-    args.backbone_lr = Trainer.parse_args(["--backbone-lr", "0.3"]).backbone_lr
-    assert rate(kernel, "none") == (0.3, 0.5)
-    assert rate(kernel, "kinetics") == (0.3, 0.5)
+    args.backbone_lr = Trainer.parse_args(["--backbone-lr", "0.2"]).backbone_lr
+    assert rate(kernel, "none") == (0.2, 0.5)
+    assert rate(kernel, "kinetics") == (0.2, 0.5)
 
 
 def test_a_limit_of_the_container_is_respected(monkeypatch):
@@ -294,13 +303,16 @@ def test_gradients_are_those_of_the_weighted_mean_loss():
 
 
 class Echo(torch.nn.Module):
-    """A "network" whose clips are its logits."""
+    """A "network" whose clips are its logits: (B, classes), or, from left to right, some (B, C, W).
+
+    Of these it takes the first ones at the left, and so others in the mirror image.
+    """
 
     def prepare(self, clips):
         return clips
 
     def forward(self, clips):
-        return clips
+        return clips if clips.ndim == 2 else clips[..., 0]
 
 
 class Loader(list):
@@ -351,6 +363,69 @@ def test_the_accuracies_of_clips_and_videos_are_what_they_are_called():
         },
         rel=1e-5,
     )
+
+
+def test_validation_averages_the_probabilities_of_a_clip_and_its_mirror_image():
+    """By each alone one video is right; by their mean both, and the loss is that of the mean."""
+    there = torch.tensor([[3.0, 0, 0], [1, 0, 0]])
+    mirrored = torch.tensor([[0.0, 1, 0], [0, 3, 0]])
+    labels = torch.tensor([0, 1])
+    batch = Batch(torch.stack([there, mirrored], -1), labels, labels, torch.ones(2) > 0)
+    args = Namespace(micro_batch=2, amp=False, debug=False)
+    how = (Echo(), Loader([batch]), args, Trainer.Processes("cpu"))
+    alone, *_ = Trainer.evaluate(*how)
+    both, *_ = Trainer.evaluate(*how, mirror=True)
+    p = (there.double().softmax(1) + mirrored.double().softmax(1)) / 2
+    assert alone["val_video_top1"] == 0.5
+    assert both["val_video_top1"] == 1.0
+    assert both["val_loss"] == pytest.approx(-(p[0, 0].log() + p[1, 1].log()).item() / 2, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Weights to start from."""
+    path = tmp_path_factory.mktemp("trained") / "start.pt"
+    torch.save(build_model("mobilenet_v2_3d", 2).state_dict(), path)
+    return path
+
+
+def test_a_trained_start_keeps_its_early_stages_and_says_its_recipe(
+    folder, tmp_path, trained, capsys
+):
+    flags = [*TINY, "--data", folder, "--epochs", "1", "--checkpoint-dir", tmp_path]
+    train(*flags, "--weights", trained)
+    assert "recipe     trained start: without the early stages" in capsys.readouterr().out
+    start = load(trained)
+    end = load(tmp_path / "last.pt")["raw"]
+    changed = {name.split(".")[1] for name in start if not torch.equal(start[name], end[name])}
+    assert changed == {"1"} | {str(i) for i in range(4, 19)}  # classifier.1, features.4 to .18
+    train(*flags, "--weights", "none")
+    assert "recipe     from nothing: all stages" in capsys.readouterr().out
+    assert load(tmp_path / "last.pt")["raw"] == {}
+
+
+def test_the_average_of_the_weights_is_kept_and_makes_up_for_large_classes():
+    """Against the sum written out: the first steps weigh 9 / (n + 9), then 3 %."""
+    model = build_model("mobilenet_v2_3d", 2)
+    inverse = torch.tensor([4 / 6, 4 / 2])  # 3 and 1 videos
+    data = Namespace(class_weights=lambda: inverse)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    kernel = model.features[5].conv[0][0].weight
+    bias = model.classifier[1].bias
+    mean = kernel.detach().double()
+    shift = 0.25 * inverse.double().log()
+    mean_bias = bias.detach().double() + shift
+    kept = Trainer.start_average(model, data, optimizer, {"weights": "imagenet"})
+    for n in range(1, 401):
+        for parameter in (kernel, bias):
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+        new = max(0.03, 9 / (n + 9))
+        mean += new * (kernel.detach() - mean)
+        mean_bias += new * (bias.detach() + shift - mean_bias)
+    found = kept.features[5].conv[0][0].weight.double()
+    torch.testing.assert_close(found, mean, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(kept.classifier[1].bias.double(), mean_bias, atol=1e-6, rtol=1e-5)
 
 
 def test_the_confusion_picture_shows_truth_in_rows_and_errors_in_red(tmp_path, capsys):
@@ -465,11 +540,13 @@ def as_before_issue_11(path):
     torch.save(checkpoint, path)
 
 
+@pytest.mark.parametrize("start", ["nothing", "weights"])
 def test_a_run_that_was_stopped_and_resumed_ends_with_the_same_weights(
-    folder, tmp_path, monkeypatch
+    folder, tmp_path, trained, monkeypatch, start
 ):
     """Bit for bit, and with loader processes too: each clip's draws follow from seed and epoch."""
-    flags = [*TINY, "--data", folder, "--epochs", "3", "--warmup", "1", "--checkpoint-dir"]
+    flags = [*TINY, "--data", folder, "--epochs", "3", "--warmup", "1"]
+    flags += ["--weights", trained if start == "weights" else "none", "--checkpoint-dir"]
     train(*flags, tmp_path / "whole")
     real = Trainer.save
 
@@ -492,6 +569,8 @@ def test_a_run_that_was_stopped_and_resumed_ends_with_the_same_weights(
         a = load(tmp_path / "whole" / name)
         b = load(parts / name)
         assert same(a["model"], b["model"])
+        assert bool(a.get("raw")) == (start == "weights" and name == "last.pt")
+        assert same(a.get("raw", {}), b.get("raw", {}))
         assert a["best"] == b["best"]
         assert a["epoch"] == b["epoch"]
     for whole, part in zip(a["history"], b["history"], strict=True):
@@ -812,12 +891,60 @@ def test_a_training_without_the_imagenet_weights_says_so_twice_and_goes_on(
     train(*flags)
     start, end = capsys.readouterr().out.split("epoch 1:")
     for said in (start, end):
-        assert "ImageNet weights could not be had: RANDOM weights" in said
-        assert "mobilenet_v2-b0353104.pth\n" in said
+        assert "weights could not be had: RANDOM weights" in said
+        assert "put https://download.pytorch.org/models/mobilenet_v2-b0353104.pth\n" in said
+        assert f"at {weights_file('mobilenet_v2_3d')}\n" in said
     assert load(tmp_path / "last.pt")["weights"] == "none"
     for quiet in (["--weights", "none"], ["--width-mult", "0.5"]):
         train(*flags, *quiet)
         assert "RANDOM" not in capsys.readouterr().out
+
+
+def a_red_or_blue_room(rng, name):
+    """uint8 (8, 48, 32, 3): a square of any colour that jumps about before a wall."""
+    frames = np.zeros((8, 48, 32, 3), np.uint8)
+    frames[:] = (200, 80, 80) if name == "squat" else (80, 80, 200)
+    for frame in frames:
+        y = rng.integers(38)
+        x = rng.integers(22)
+        frame[y : y + 10, x : x + 10] = rng.integers(0, 255, 3)
+    return frames
+
+
+def a_picture_that_moves_or_not(rng, name):
+    picture = cv2.resize(rng.integers(0, 255, (6, 4, 3), np.uint8), (32, 48))
+    step = 8 if name == "squat" else 0
+    return [np.roll(picture, step * t, axis=0) for t in range(8)]
+
+
+def of_two_layers(num_classes, mode, width_mult):
+    stages = [nn.Sequential(nn.Conv3d(c, 16, 3, padding=1), nn.ReLU()) for c in (3, 16)]
+    return VideoClassifier(nn.Sequential(*stages), 16, num_classes, dropout=0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("draw", "knows"), [(a_red_or_blue_room, True), (a_picture_that_moves_or_not, False)]
+)
+def test_a_network_that_knows_the_room_alone_is_caught(tmp_path, monkeypatch, capsys, draw, knows):
+    """If the class is the wall's colour, all is left without movement and person, else nothing."""
+    monkeypatch.setitem(MODELS, "tiny", Network(of_two_layers, None))
+    rng = np.random.default_rng(0)
+    for name in ("plank", "squat"):
+        for i in range(20):
+            write_video(tmp_path / "videos" / name / f"{i}.avi", draw(rng, name), fps=8)
+    flags = [*TINY, "--data", tmp_path / "videos", "--checkpoint-dir", tmp_path / "run"]
+    train(*flags, "--model", "tiny", "--lr", "0.01", "--warmup", "1", "--epochs", "12")
+    said = capsys.readouterr().out
+    line = next(line for line in said.splitlines() if line.startswith("room"))
+    accuracy, still, room, chance = map(float, re.findall(r"([\d.]+)%", line))
+    assert accuracy == 100
+    assert chance == 50
+    assert still == (100 if knows else 50)
+    assert room == (100 if knows else 50)
+    assert ("knows the rooms" in said) == knows
+    train("--evaluate", tmp_path / "run" / "tiny.pt")
+    assert line in capsys.readouterr().out
 
 
 VIDEOS_BREAK = """
@@ -855,7 +982,7 @@ def test_a_video_that_breaks_later_is_named_without_a_traceback(folder, tmp_path
         (["--weights", "text.pth"], ["text.pth"]),
         (["--weights", "kinetics"], ["no Kinetics weights for mobilenet_v2_3d"]),
         (["--weights", "imagenet"], ["mobilenet_v2-b0353104.pth", "--weights none"]),
-        (["--weights", "imagenet", "--width-mult", "0.5"], ["of width 1.0, not 0.5"]),
+        (["--weights", "imagenet", "--width-mult", "0.5"], ["no ImageNet weights", "width 0.5"]),
         (["--device", "cuda:99"], ["cuda:99"]),
         (["--checkpoint-dir", "text.pth/x"], ["text.pth", "can't be saved"]),
         (["--evaluate", "missing.pt"], ["missing.pt", "can't be read"]),
