@@ -196,7 +196,8 @@ def read_windows(video, clip, stride):
         return n, torch.cat(looped)
 
     def grid():
-        first = grid_of(video.start, video.start, clip)[0]  # known with the first picture
+        begin = video.start or 0.0  # known with the first picture, if there is one
+        first = grid_of(begin, begin, clip)[0]
         yield from (k / clip.fps for k in count(first))
 
     for n, picture in enumerate(frames_at(video, grid()), 1):
@@ -567,7 +568,7 @@ def render(path, output, found, size, classes):
     moments = []
 
     def pictures():
-        n = int(video.cap.get(cv2.CAP_PROP_FRAME_COUNT))
+        n = max(0, int(video.cap.get(cv2.CAP_PROP_FRAME_COUNT)))
         bar = tqdm(drawings, "write", n, leave=False, unit="frame")
         for time, picture, panels in bar:
             begin, end = found.times[[0, -1]]

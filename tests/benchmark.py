@@ -37,6 +37,7 @@ import HeatMap
 import Trainer
 from Dataset import (
     DEMO_EXERCISES,
+    JUMPING,
     ClipFormat,
     ExerciseVideoDataModule,
     ExerciseVideoDataset,
@@ -302,13 +303,14 @@ def make_takes(dataset, n):
 def load_originally(takes):
     transform = original()
     for take in takes:
-        transform(read_frames(take.segment.path, take.times))
+        transform(read_frames(take.segment.path, take.times, way=JUMPING))
 
 
 def load(takes, cache, transform):
     """As ExerciseVideoDataset does in its first epoch."""
     for segment, numbers, times in takes:
-        frames = resize(read_frames(segment.path, times, segment.geometry), segment.geometry)
+        frames = read_frames(segment.path, times, segment.geometry, JUMPING)
+        frames = resize(frames, segment.geometry)
         cache.put(segment, numbers, frames)
         transform(frames)
 
@@ -400,7 +402,7 @@ def read_clips(path, starts):
     """Read a clip from each start, as for validation."""
     geometry = middle(400, 300, CLIP.size)
     seconds = (CLIP.length - 1) / CLIP.fps
-    segments = [Segment(path, 0, start, start + seconds, geometry) for start in starts]
+    segments = [Segment(path, 0, start, start + seconds, geometry, way=JUMPING) for start in starts]
     dataset = ExerciseVideoDataset(segments, CLIP)
     for i in range(len(dataset)):
         dataset[i]

@@ -150,6 +150,8 @@ def test_a_graph_of_filters_takes_any_name(tmp_path):
 def test_av1_is_named_with_the_remedy(tmp_path):
     with pytest.raises(UserError, match=r"v\.mp4 holds no frame .*AV1.*ffmpeg -i .*libx264"):
         probe(unpack(tmp_path / "v.mp4", AV1))
+    with pytest.raises(UserError, match=r"v\.mp4 holds no frame .*AV1.*ffmpeg -i .*libx264"):
+        next(HeatMap.read_windows(HeatMap.open_video(tmp_path / "v.mp4"), WIDE, 8))
 
 
 def with_wide_pixels(path):
