@@ -18,6 +18,7 @@ from test_data import WIDE, numbered, numbers, picture
 
 import Dataset
 import HeatMap
+import Trainer
 from Dataset import (
     DEINTERLACED,
     IN_ORDER,
@@ -290,6 +291,34 @@ Dataset.run_script(lambda: print("\\u6df1"), "x", "stopped")"""
     assert done.returncode == 0
 
 
+@pytest.mark.parametrize(
+    "main, said",
+    [
+        ("open('n' * 300)", "x: [Errno 36] File name too long: 'nnn"),
+        ("[1 / 0 for _ in tqdm([1, 2], leave=False) if fail()]", "x: a sentence"),
+    ],
+)
+def test_an_error_is_one_sentence_on_a_line_of_its_own(main, said):
+    """Also the system's, and while a progress bar holds the line."""
+    code = f"""
+import Dataset
+from tqdm import tqdm
+def fail():
+    raise Dataset.UserError("a sentence")
+def main():
+    {main}
+Dataset.run_script(main, "x", "stopped")"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
+    assert done.returncode == 2
+    assert done.stderr.decode().replace("\r", "\n").splitlines()[-1].startswith(said)
+
+
+def test_a_seed_that_no_generator_takes_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        Trainer.parse_args(["--seed", "9" * 20])
+    assert "--seed" in capsys.readouterr().err
+
+
 def test_a_full_disk_leaves_no_cut_video(tmp_path):
     """The largest size of a file stands for the disk; OpenCV's writer says nothing of it."""
     path = tmp_path / "v.webm"
@@ -427,12 +456,13 @@ def test_nothing_left_to_evaluate_is_said(tmp_path):
 def test_nothing_vanishes_unsaid(tmp_path):
     fill(tmp_path, "a/0.mp4", "a/1.MTS.mp4", "b/2.mp4", "b/3.mp4")
     shutil.copy(tmp_path / "a" / "0.mp4", tmp_path / "a" / "clip.xyz")
-    fill(tmp_path, "a/session/4.mp4", "loose.mp4", "a/._0.mp4", "a/0_gradcam.webm.mp4")
+    fill(tmp_path, "a/session/4.mp4", "loose.mp4", "a/._0.mp4", "a/0_gradcam.mp4")
     (tmp_path / "a" / "gone.mp4").symlink_to("nowhere.mp4")
     (tmp_path / "d").mkdir()
     notes = tell(tmp_path)
     assert "1 files .xyz in another place or of no use (a/clip.xyz)" in notes
-    assert "2 files .mp4 in another place or of no use (a/session/4.mp4, loose.mp4)" in notes
+    lost = "a/0_gradcam.mp4, a/session/4.mp4, loose.mp4"
+    assert f"3 files .mp4 in another place or of no use ({lost})" in notes
     assert "1 links to nowhere (a/gone.mp4)" in notes
     assert "2 folders without a video in its place (a/session, d)" in notes
     assert "._0" not in notes
