@@ -1342,7 +1342,8 @@ class ExerciseVideoDataModule:
             seconds = self.clip.length / self.clip.fps
             raise UserError(
                 f"{self.data} has no clip left for {', '.join(gaps)}: {why}each class needs "
-                f"a video to train on and one to validate with, in recordings of {seconds:g} s"
+                "a video to train on and one to validate with, and in recordings one that lasts "
+                f"for {seconds:g} s"
             )
 
     def note_orientation(self, segments):

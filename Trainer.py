@@ -988,8 +988,10 @@ def finish(args, data, checkpoint, processes):
 # ------------------------------------------------------------------------------------------- debug
 
 
-def try_out(model, data, criterion, optimizer, args):
+def try_out(model, data, criterion, optimizer, args, processes):
     """--debug: pictures of ten samples, of as many classes as there are; an update with four."""
+    if processes.rank > 0:
+        return
     folder = args.checkpoint_dir
     for old in folder.glob("[0-9][0-9]_*"):
         old.unlink()
@@ -1011,13 +1013,11 @@ def try_out(model, data, criterion, optimizer, args):
     before, after = losses
     if after >= before:
         raise UserError(f"the loss rose from {before:.3f} to {after:.3f} in one step: lower --lr")
+    n = len(segments) + len(data.val_set.segments)
+    print(f"all right  read {n} videos, one step, loss fell from {before:.3f} to {after:.3f}")
+    print(f"look at    {folder}/*.png: are people in the box, upright, in true colours?")
     command = re.sub(r"--debug[ =]?(true|yes|1)? ?", "", args.command, flags=re.IGNORECASE)
-    print(
-        f"all right  read {len(segments) + len(data.val_set.segments)} videos, one step, loss fell "
-        f"from {before:.3f} to {after:.3f}\n"
-        f"look at    {folder}/*.png: are people in the box, upright, in true colours?\n"
-        f"next       python Trainer.py {command}"
-    )
+    print(f"next       python Trainer.py {command}")
 
 
 # -------------------------------------------------------------------------------------------- main
@@ -1039,10 +1039,10 @@ def main(argv=None):
 
     # network
     if checkpoint:
+        processes.say(f"from       {source(args)}, epoch {checkpoint['epoch']}: {fixed(args)}")
         if not args.evaluate:
             check_data(args, data, checkpoint)
-        processes.say(f"from       {source(args)}, epoch {checkpoint['epoch']}: {fixed(args)}")
-        processes.say(f"until      epoch {args.epochs}, with the learning rate's schedule for that")
+            processes.say(f"until      epoch {args.epochs}, by which the learning rate falls")
     else:
         with processes.first():  # it downloads, the others find the file
             model, checkpoint = start_model(args, data)
@@ -1058,7 +1058,7 @@ def main(argv=None):
     optimizer = start_optimizer(model, args, checkpoint)
     describe(args, data, model, checkpoint, processes)
     if args.debug:
-        return try_out(model, data, criterion, optimizer, args)
+        return try_out(model, data, criterion, optimizer, args, processes)
     kept = start_average(model, data, optimizer, checkpoint)
     how = (kept, data.val_dataloader(), args, processes, is_trained(checkpoint))
     if processes.rank == 0 and checkpoint["epoch"] == 0:
