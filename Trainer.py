@@ -469,7 +469,7 @@ def freeze(model, args, checkpoint):
     model.features[:count].requires_grad_(False)
 
 
-def start_average(model, data, optimizer, checkpoint):
+def start_average(model, args, data, optimizer, checkpoint):
     """The network that is validated and kept: after a trained start an average, else the model.
 
     Each step of the optimizer adds the weights and statistics of then; the average is shorter at
@@ -481,6 +481,8 @@ def start_average(model, data, optimizer, checkpoint):
     kept = copy.deepcopy(model).eval().requires_grad_(False)
     bias = kept.classifier[1].bias
     shift = PRIOR * data.class_weights().log().to(bias.device)
+    if args.class_weights != "off":  # then the loss has made up for them
+        shift *= 0
     if checkpoint.get("raw"):
         model.load_state_dict(checkpoint["raw"])
     else:
@@ -1059,7 +1061,7 @@ def main(argv=None):
     describe(args, data, model, checkpoint, processes)
     if args.debug:
         return try_out(model, data, criterion, optimizer, args, processes)
-    kept = start_average(model, data, optimizer, checkpoint)
+    kept = start_average(model, args, data, optimizer, checkpoint)
     how = (kept, data.val_dataloader(), args, processes, is_trained(checkpoint))
     if processes.rank == 0 and checkpoint["epoch"] == 0:
         move_aside(args.checkpoint_dir)

@@ -4,6 +4,7 @@ Run by hand; pytest does not. The figures go to tests/RESULTS.md.
 
     python tests/benchmark.py model      # training step and inference; about 10 minutes
     python tests/benchmark.py motion     # a checkpoint on still and on shuffled clips of the demo
+    python tests/benchmark.py peers      # a checkpoint beside simpler ways, on --data
     python tests/benchmark.py loader     # clips per second, beside other decoders; about 3 minutes
     python tests/benchmark.py heatmap    # seconds per second of video, beside grad-cam
     python tests/benchmark.py evidence   # the maps beside the demo's drawn figure; about 10 minutes
@@ -59,6 +60,7 @@ from SparseModel import (
     build_model,
     fold_batch_norm,
     load_checkpoint,
+    load_weights,
 )
 from Trainer import (
     DEMO,
@@ -192,12 +194,12 @@ def shuffled(clips):
     return clips[:, torch.randperm(clips.shape[1], generator=SHUFFLE)]
 
 
-def demo(checkpoint, **settings):
-    """The demo as the network of a checkpoint was trained on it."""
+def demo(checkpoint, folder=DEMO, **settings):
+    """The demo, or another folder, as the network of a checkpoint was trained on it."""
     if not DEMO.exists():
         render_demo(DEMO)
     clip = ClipFormat(tuple(checkpoint["size"]), checkpoint["clip_len"], checkpoint["clip_fps"])
-    data = ExerciseVideoDataModule(data=DEMO, clip=clip, workers=0, **settings)
+    data = ExerciseVideoDataModule(data=folder, clip=clip, workers=0, **settings)
     data.setup()
     return data
 
@@ -229,6 +231,88 @@ def motion(args):
         accuracy = figures["val_video_mean_class"]
         mean = (right.sum() / count.sum()).item()
         row(change.__name__.replace("_", " "), f"{accuracy:.1%}", *cells, f"{mean:.1%}")
+
+
+# ----------------------------------------------------------------------------------------- peers
+
+
+@torch.inference_mode()
+def frozen_features(network, data_set):
+    """Features (videos, channels) of the clip in the middle of each video, and their labels."""
+    features = []
+    labels = []
+    for i in tqdm(range(len(data_set)), "features"):
+        sample = data_set[i]
+        maps = network.features(network.prepare(sample.clip[None]))
+        features.append(network.pool(maps).flatten(1))
+        labels.append(sample.label)
+    return torch.cat(features), torch.tensor(labels)
+
+
+def fit_linear(features, labels, n_classes):
+    """Logistic regression with the penalty |w|^2 / 2, on features of deviation 1."""
+    linear = nn.Linear(features.shape[1], n_classes)
+    optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=500, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        value = nn.functional.cross_entropy(linear(features), labels, reduction="sum")
+        value = value + linear.weight.square().sum() / 2
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return linear
+
+
+def frozen_and_linear(data, weights):
+    """Confusion of a linear layer on ImageNet features, the mean over all frames and places.
+
+    With time kept, the inflated network gives the features of the 2D network for each frame alone.
+    """
+    network = build_model("mobilenet_v2_3d", len(data.classes), "high_temporal")
+    load_weights(network, weights)
+    network = fold_batch_norm(network)
+    train = ExerciseVideoDataset(data.train_set.segments, data.clip)
+    features, labels = frozen_features(network, train)
+    mean = features.mean(0)
+    deviation = features.std(0).clamp(min=1e-6)
+    linear = fit_linear((features - mean) / deviation, labels, len(data.classes))
+    val = ExerciseVideoDataset(data.val_set.segments, data.clip)
+    features, labels = frozen_features(network, val)
+    predicted = linear((features - mean) / deviation).argmax(1)
+    return count(labels, predicted, len(data.classes))
+
+
+def count(labels, predicted, n_classes):
+    """int64 (true, predicted)."""
+    return torch.bincount(labels * n_classes + predicted, minlength=n_classes**2).view(
+        n_classes, -1
+    )
+
+
+def peers(args):
+    """Validation videos right, with 95 % intervals (Wilson), and the mean over classes."""
+    trained, checkpoint = load_checkpoint(args.checkpoint)
+    data = demo(checkpoint, args.data)
+    n_classes = len(data.classes)
+    train = torch.tensor([segment.label for segment in data.train_set.segments])
+    val = torch.tensor([segment.label for segment in data.val_set.segments])
+    largest = train.bincount().argmax().expand_as(val)
+    rows = {
+        "largest class": count(val, largest, n_classes),
+        "frozen 2D features + linear": frozen_and_linear(data, args.weights),
+    }
+    flags = Trainer.parse_args(["--micro-batch", "16"])
+    how = (trained, data.val_dataloader(), flags, Processes("cpu"), is_trained(checkpoint))
+    for change in (middle_frame, without_person, as_they_are):
+        rows[f"ours, {change.__name__.replace('_', ' ')}"] = evaluate(*how, change)[1]
+    table("", "videos right", "95 % interval", "mean over classes")
+    for name, confusion in rows.items():
+        right = confusion.diag().sum().item()
+        low, high = Trainer.wilson(right, len(val))
+        mean = (confusion.diag() / confusion.sum(1)).nanmean().item()
+        row(name, f"{right}/{len(val)}", f"{low:.0%} to {high:.0%}", f"{mean:.1%}")
 
 
 # ---------------------------------------------------------------------------------------- loader
@@ -584,6 +668,7 @@ def show_evidence(found):
 COMMANDS = {
     "model": model,
     "motion": motion,
+    "peers": peers,
     "loader": loader,
     "heatmap": heatmap,
     "evidence": evidence,
@@ -596,8 +681,9 @@ def parse_args():
     add("what", choices=COMMANDS, help="the question")
     add("--rounds", type=int, default=5, help="timed rounds of model, loader, heatmap")
     add("--device", default="cpu", help="cpu or cuda, of model and heatmap")
-    add("--checkpoint", default="checkpoints/mobilenet_v2_3d.pt", help="of motion and evidence")
-    add("--data", default="data/demo", help="folder with videos, of loader")
+    add("--checkpoint", default="checkpoints/mobilenet_v2_3d.pt", help="of motion, peers, evidence")
+    add("--data", default="data/demo", help="folder with videos, of loader and peers")
+    add("--weights", default="imagenet", help="2D ones, of peers: imagenet or a file")
     add("--layers", default="2,4,6,10,18", help="stages of the network, of evidence")
     return parser.parse_args()
 

@@ -415,7 +415,8 @@ def test_the_average_of_the_weights_is_kept_and_makes_up_for_large_classes():
     mean = kernel.detach().double()
     shift = 0.25 * inverse.double().log()
     mean_bias = bias.detach().double() + shift
-    kept = Trainer.start_average(model, data, optimizer, {"weights": "imagenet"})
+    args = Namespace(class_weights="off")
+    kept = Trainer.start_average(model, args, data, optimizer, {"weights": "imagenet"})
     for n in range(1, 401):
         for parameter in (kernel, bias):
             parameter.grad = torch.randn_like(parameter)
