@@ -236,7 +236,7 @@ def motion(args):
 # ----------------------------------------------------------------------------------------- peers
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def frozen_features(network, data_set):
     """Features (videos, channels) of the clip in the middle of each video, and their labels."""
     features = []
