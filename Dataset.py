@@ -1111,8 +1111,8 @@ def find_videos(root, notes, least=2):
         return split_by_table(videos, table, notes)
     if least > 1:
         notes.append(
-            f"split by video: if one person is in several, keep them together by {table} (the line "
-            "id,split, then lines of a name without .mp4 and train, val or test)"
+            f"split by video: if one person is in several videos, keep them together by {table} "
+            "(the line id,split, then lines of a name without .mp4 and train, val or test)"
         )
     return videos
 

@@ -753,7 +753,9 @@ def check_room(accuracy, how):
         f"room       {accuracy:.1%} per class; {still[ACCURACY]:.1%} of the middle frame alone, "
         f"{left:.1%} without the person, {chance:.1%} by chance"
     )
-    if 2 * left > accuracy + chance:  # more than half of the gain over chance
+    gain = accuracy - chance
+    # more than half of the gain, if there is one to speak of
+    if gain > 0.05 and left - chance > gain / 2:
         how[3].say(ROOM)
 
 
@@ -936,7 +938,8 @@ def draw_curves(history, path):
         verdict = "it learns the training videos by heart: more videos help, epochs don't"
     elif lowest > 0.8 * len(history) or last["train_top1"] < 0.6:
         verdict = "it is still learning: more --epochs help"
-    print(f"curves     {verdict} (the validation loss was lowest in epoch {lowest})")
+    right = f"{last['train_top1']:.0%} of the training videos are right"
+    print(f"curves     {verdict} ({right}; the validation loss was lowest in epoch {lowest})")
 
 
 def explain_videos(scores, data, folder):

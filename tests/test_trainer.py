@@ -923,6 +923,18 @@ def of_two_layers(num_classes, mode, width_mult):
     return VideoClassifier(nn.Sequential(*stages), 16, num_classes, dropout=0.0)
 
 
+@pytest.mark.parametrize(
+    ("accuracy", "room", "blamed"),
+    [(0.8, 0.58, True), (0.8, 0.55, False), (1 / 3, 1 / 3 + 1e-7, False), (0.37, 0.36, False)],
+)
+def test_the_room_is_blamed_only_for_a_gain(monkeypatch, capsys, accuracy, room, blamed):
+    """Of three classes; half of the way from 1/3 to 0.8 is 0.567."""
+    figures = {Trainer.ACCURACY: room}
+    monkeypatch.setattr(Trainer, "evaluate", lambda *_: (figures, torch.zeros(3, 3), None))
+    Trainer.check_room(accuracy, (None, None, None, Namespace(say=print)))
+    assert ("knows the rooms" in capsys.readouterr().out) == blamed
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("draw", "knows"), [(a_red_or_blue_room, True), (a_picture_that_moves_or_not, False)]
