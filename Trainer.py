@@ -452,7 +452,8 @@ def describe(args, data, model, checkpoint, processes):
     say(f"device     {processes.world} x {processes.device}, {args.micro_batch} clips at a time")
     n_classes = len(data.classes)
     loss = math.log(n_classes)
-    say(f"{warning(args, checkpoint)}untrained  a loss of about ln({n_classes}) = {loss:.3f}")
+    if checkpoint["epoch"] == 0:
+        say(f"{warning(args, checkpoint)}untrained  a loss of about ln({n_classes}) = {loss:.3f}")
 
 
 # ----------------------------------------------------------------------------------------- update
@@ -1044,7 +1045,8 @@ def main(argv=None):
 
     # network
     if checkpoint:
-        processes.say(f"from       {source(args)}, epoch {checkpoint['epoch']}: {fixed(args)}")
+        kept = ", ".join(f"{name} {value}" for name, value in fixed(args).items())
+        processes.say(f"from       {source(args)}, epoch {checkpoint['epoch']}: {kept}")
         if not args.evaluate:
             check_data(args, data, checkpoint)
             processes.say(f"until      epoch {args.epochs}, by which the learning rate falls")

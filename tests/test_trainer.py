@@ -607,8 +607,9 @@ def test_a_resumed_run_keeps_what_it_was_begun_with_and_says_so(folder, tmp_path
     other = ["--model", "pretrained_resnet", "--size", "64x64", "--batch-size", "2", "--seed", "5"]
     train("--resume", "--checkpoint-dir", out, *other, "--epochs", "2", "--workers", "0")
     said = capsys.readouterr().out
-    for text in ("last.pt, epoch 1:", "mobilenet_v2_3d", "(32, 48)", "batch_size': 4", "seed': 0"):
+    for text in ("last.pt, epoch 1:", "mobilenet_v2_3d", "(32, 48)", "batch_size 4", "seed 0"):
         assert text in said
+    assert "untrained" not in said
     checkpoint = load(out / "last.pt")
     assert checkpoint["model_name"] == "mobilenet_v2_3d"
     assert checkpoint["model_args"]["width_mult"] == 0.5
