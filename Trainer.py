@@ -232,6 +232,10 @@ def fixed(args):
     return {name: getattr(args, name) for name in (OF_NETWORK if args.evaluate else OF_RUN)}
 
 
+def in_words(flags):
+    return ", ".join(f"{name} {value}" for name, value in flags.items())
+
+
 # -------------------------------------------------------------------------------------- processes
 
 
@@ -1045,8 +1049,9 @@ def main(argv=None):
 
     # network
     if checkpoint:
-        kept = ", ".join(f"{name} {value}" for name, value in fixed(args).items())
-        processes.say(f"from       {source(args)}, epoch {checkpoint['epoch']}: {kept}")
+        processes.say(
+            f"from       {source(args)}, epoch {checkpoint['epoch']}: {in_words(fixed(args))}"
+        )
         if not args.evaluate:
             check_data(args, data, checkpoint)
             processes.say(f"until      epoch {args.epochs}, by which the learning rate falls")
