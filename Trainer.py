@@ -931,7 +931,10 @@ def draw_curves(history, path):
     for i, (name, meaning, left, colour) in enumerate(CURVES):
         shares = np.array([row[name] for row in history]) / (1 if left else top)
         points = np.stack([np.linspace(50, 580, len(shares)) + left, 370 - 260 * shares], axis=1)
-        cv2.polylines(picture, [points.round().astype(int)], False, colour, 2, cv2.LINE_AA)
+        points = points.round().astype(int)
+        cv2.polylines(picture, [points], False, colour, 2, cv2.LINE_AA)
+        for point in points.tolist():  # a single epoch is no line
+            cv2.circle(picture, point, 3, colour, cv2.FILLED, cv2.LINE_AA)
         put_text(picture, meaning, left + 50, 20 + 20 * (i % 3), colour)
         put_text(picture, "1.0" if left else f"{top:.1f}", left + 10, 115)
         put_text(picture, f"0    epoch 1 to {len(history)}", left + 30, 390)

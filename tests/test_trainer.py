@@ -507,6 +507,12 @@ def test_the_curves_are_drawn_and_read(tmp_path, capsys, history, said):
     assert rows.mean() == pytest.approx(370 - 260 * history[-1]["val_video_top1"], abs=3)
 
 
+def test_a_single_epoch_is_seen_in_the_curves(tmp_path):
+    Trainer.draw_curves(epochs([0.3], [1.0], [0.4]), tmp_path / "curves.png")
+    picture = cv2.imread(str(tmp_path / "curves.png"))
+    assert (picture[370 - round(260 * 0.4), 50 + 600] != 255).any()
+
+
 def test_predictions_are_listed_and_the_worst_mistakes_shown(folder, tmp_path):
     data = Trainer.ExerciseVideoDataModule(folder, Trainer.ClipFormat((32, 48), 4, 8.0), workers=0)
     data.setup()
