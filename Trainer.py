@@ -789,6 +789,8 @@ def move_aside(folder):
         return
     ended = time.localtime(max(path.stat().st_mtime for path in old))
     aside = folder / time.strftime("%Y-%m-%d-%H%M%S", ended)
+    while aside.exists():  # two runs may end in the same second
+        aside = aside.with_name(f"{aside.name}b")
     with user_errors("the run before can't be moved aside: "):
         aside.mkdir()
         for path in old:
