@@ -827,6 +827,8 @@ def collate(samples):
 def start_worker(_):
     """Ctrl-C is for the main process; workers, ended by a signal, still remove torch's folder."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # errors go to the main process; a thread that hands over a batch as that stops has no news
+    sys.excepthook = lambda *_: None
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
 
 
