@@ -32,7 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from threading import Lock
 
@@ -916,11 +916,11 @@ def stretches(times, clip):
     return [(a, b) for a, b in found if b - a > half] or found[:1]
 
 
-def windows(labels, times, clip):
+def windows(labels, times, clip, least=0.6):
     """[(label, start, end)] in seconds of windows that slide by half a clip over a recording.
 
     labels, times: of each frame. The label is that of the window's middle; where it holds for less
-    than 60 % of the window, the window mixes two about equally and is left out.
+    than `least` of the window, the window mixes two about equally and is left out.
     """
     found = []
     for start, end in stretches(times, clip):
@@ -930,7 +930,7 @@ def windows(labels, times, clip):
         for first in range(0, max(1, len(on_grid) - clip.length + 1), max(1, clip.length // 2)):
             inside = on_grid[first : first + clip.length]
             label = inside[len(inside) // 2]
-            if label != UNLABELLED and (inside == label).mean() >= 0.6:
+            if label != UNLABELLED and (inside == label).mean() >= least:
                 last = first + len(inside) - 1
                 found.append((int(label), moments[first].item(), moments[last].item()))
     return found
@@ -1196,6 +1196,58 @@ def find_classes(videos, names):
     return list(dict.fromkeys(names[label] for label in names if label in found))
 
 
+# --------------------------------------------------------------------------------- windows to spans
+
+COST = 0.25  # of best_path, for windows half a clip apart: 0.2 to 0.4 were alike
+
+# from `start` to `end` (s) the class number `label`, with its mean probability
+Span = namedtuple("Span", "start end label probability")
+
+
+def runs(labels):
+    """[(first, end)] of the stretches of equal labels, without their `end`; labels (n,), n >= 1."""
+    cuts = np.flatnonzero(np.diff(labels)) + 1
+    return list(pairwise([0, *cuts.tolist(), len(labels)]))
+
+
+def best_path(scores, cost=COST):
+    """Class number of each window, int (n,): the path with the largest sum of probabilities.
+
+    scores: (n, classes). Each change on the path costs `cost`; with 0 each window is on its own. To
+    interrupt a class another must be ahead of it by 2 `cost` in all. Dynamic programming (Viterbi,
+    1967, IEEE Trans. Inf. Theory 13): the best path that ends in a class either stays in it or
+    comes from the best of all.
+    """
+    total = scores[0]
+    origins = []
+    for row in scores[1:]:
+        changed = total.max() - cost
+        origins.append(np.where(total >= changed, np.arange(len(row)), total.argmax()))
+        total = np.maximum(total, changed) + row
+    path = [total.argmax()]
+    for origin in reversed(origins):
+        path.append(origin[path[-1]])
+    return np.array(path[::-1])
+
+
+def find_spans(moments, scores, path, end, threshold=0.0):
+    """The Spans of a path through windows from 0 s to `end`, changing between windows' middles.
+
+    moments: (n,) the middle of each window in seconds. scores: (n, classes), their probabilities.
+    path: (n,) their class numbers. A span less probable than the threshold has the number after the
+    last class.
+    """
+    borders = [0.0, *(moments[1:] + moments[:-1]) / 2, end]
+    spans = []
+    for first, last in runs(path):
+        label = path[first]
+        probability = scores[first:last, label].mean()
+        if probability < threshold:
+            label = scores.shape[1]
+        spans.append(Span(borders[first], borders[last], label, probability))
+    return spans
+
+
 # ------------------------------------------------------------------------------------ data module
 
 
@@ -1258,7 +1310,7 @@ class ExerciseVideoDataModule:
         for video in readable:
             segments += self.cut(video, probes[video.path], names)
         background = names.get(NO_EXERCISE)
-        if background in self.classes:
+        if background in self.classes and not self.trained:
             segments = self.thin_background(segments, self.classes.index(background))
         self.refuse_gaps(videos, segments, bad)
         self.note_orientation(segments)
@@ -1292,7 +1344,8 @@ class ExerciseVideoDataModule:
         """Segments of a Video: its stretches, or windows of a recording whose label has a name."""
         found = [(video.name, *stretch) for stretch in stretches(probed.times, self.clip)]
         if video.labels is not None:
-            found = windows(video.labels, probed.times, self.clip)
+            least = 0.0 if self.trained else 0.6  # what is evaluated has no gaps
+            found = windows(video.labels, probed.times, self.clip, least)
             found = [(names[k], start, end) for k, start, end in found if k in names]
             frames = len(probed.times)
             labels = (video.labels != UNLABELLED).sum()

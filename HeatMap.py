@@ -1,8 +1,9 @@
-"""Where and when a network looked: class activation maps of videos, and whether to believe them.
+"""Which exercise when in a video, where a network looked, and whether to believe it.
 
     python HeatMap.py clip.mp4                                                  # clip_hirescam.webm
     python HeatMap.py clip.mp4 --method gradcam,hirescam --layer all            # every stage, both
     python HeatMap.py my_videos/val --output results --check                    # with verdicts
+    python HeatMap.py recordings --output results --no-heat                     # which when, alone
 
 Method. Windows of the checkpoint's clip length and rate slide over the video. y is the logit of the
 class, A_c (T', H', W') a channel of the output of a stage. Grad-CAM (Selvaraju et al., 2017,
@@ -10,7 +11,14 @@ arXiv:1610.02391) is sum_c mean(dy/dA_c) A_c, HiResCAM (Draelos and Carin, 2020,
 sum_c dy/dA_c * A_c, element by element. After global pooling and one linear layer the gradient at
 the last stage is the same at every place, so there the two are equal by algebra; they differ at
 earlier stages: try features.4 (pretrained_resnet: features.layer3). What is drawn is the positive
-part.
+part. Without --target-class the class is, at each moment, that of the span it lies in.
+
+When. <output>_windows.csv holds the middle of each window in seconds and the probabilities of the
+classes, divided by the checkpoint's temperature (Guo et al., 2017, arXiv:1706.04599).
+<output>_spans.csv holds start, end, class and mean probability of the stretches that follow from
+them, see Dataset.find_spans; below the threshold that 95 % of the validation videos reach, a span
+is `unknown`. --no-heat writes these two and <output>_spans.png, and of several videos one table,
+predictions.csv.
 
 --npy writes <output>.npz, all float32: times (N,) in seconds, and for each map, by its name, the
 signed un-normalised values (N, H', W') at the stage's own resolution, means of the windows; stages
@@ -48,6 +56,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from Dataset import (
+    COST,
     DARK,
     PICTURES,
     WHITE,
@@ -56,9 +65,11 @@ from Dataset import (
     HelpFormatter,
     UserError,
     VideoReader,
+    best_path,
     boolean,
     drawable,
     film,
+    find_spans,
     frames_at,
     grid_of,
     is_video,
@@ -67,6 +78,7 @@ from Dataset import (
     replacing,
     resize,
     run_script,
+    runs,
     write,
     write_csv,
     write_png,
@@ -80,27 +92,32 @@ DRAWS = 4  # of random regions and of re-initialised networks
 CODECS = {".webm": "VP80", ".mp4": "mp4v"}  # VP8 plays in browsers; mp4v is faster but does not
 COLORMAP = cv2.COLORMAP_TURBO
 ALPHA = 0.6  # opacity of the heat
-TOP_K = 3  # most probable classes that are named
-BROWN = (35, 100, 130)  # BGR, as all pictures here
+HUES = cv2.applyColorMap(np.arange(256, dtype=np.uint8) * 158, cv2.COLORMAP_HSV)
+COLOURS = HUES.reshape(-1, 3) // 2  # of the classes
+GREY = 90
+STEPS = (1, 5, 10, 30, 60, 300, 600, 1800, 3600, 7200, 14400)  # of the time line, in seconds
 
 
 # ------------------------------------------------------------------------------------- explanation
 
-Question = namedtuple("Question", "model clip classes layers methods target stride")
+Question = namedtuple("Question", "model clip classes layers methods target stride threshold")
 Question.__doc__ = """What is asked of every video.
 
-model: folded, on its device. clip: ClipFormat of its windows. classes: names of the logits. layers:
-of stage_names(model). methods: of METHODS. target: index of the class to explain, None for the most
-probable one of each video. stride: frames of the time grid from window to window.
+model: folded, its logits divided by the checkpoint's temperature, on its device. clip: ClipFormat
+of its windows. classes: names of the logits, and last "unknown". layers: of stage_names(model).
+methods: of METHODS. target: index of the class to explain, None for that of each span. stride:
+frames of the time grid from window to window. threshold: the probability below which a span is
+unknown.
 """
 
-Explanation = namedtuple("Explanation", "shape target maps times moments scores fps")
+Explanation = namedtuple("Explanation", "shape times starts moments scores targets spans fps maps")
 Explanation.__doc__ = """What the network found in a video of N frames on the time grid, M windows.
 
-shape: (h, w) of the frames in the file. target: index of the class. maps: {"layer method": float32
-(N, H', W'), signed and un-normalised}. times: float32 (N,) of these frames in seconds. moments:
-(M,) the middle of each window in seconds. scores: float32 (M, num_classes) its probabilities. fps:
-frames per second of the file, as counted.
+shape: (h, w) of the frames in the file. times: float32 (N,) of these frames in seconds. starts,
+moments: (M,) the first frame of each window, and its middle in seconds. scores: float32
+(M, num_classes) its calibrated probabilities. targets: int64 (M,) the class to explain. spans:
+Dataset.Spans. fps: frames per second of the file, as counted. maps: {"layer method": float32
+(N, H', W'), signed and un-normalised}, if asked for.
 """
 
 
@@ -139,7 +156,8 @@ def explain(model, clips, layers, methods, target=None):
         clips: float32 (B, 3, T, H, W), normalised.
         layers: of stage_names(model); ValueError for others.
         methods: of METHODS.
-        target: index of the class; None for the most probable one of the batch.
+        target: index of the class, or of each clip's, int64 (B,); None for the most probable one
+            of the batch.
     Returns {(layer, method): maps (B, T', H', W') at the stage's own resolution} and logits
     (B, num_classes), float32.
     """
@@ -156,7 +174,8 @@ def explain(model, clips, layers, methods, target=None):
         if target is None:
             target = most_probable(logits)
         stages = [outputs[layer] for layer in layers]
-        gradients = torch.autograd.grad(logits[:, target].sum(), stages)
+        rows = torch.arange(len(logits))
+        gradients = torch.autograd.grad(logits[rows, target].sum(), stages)
     maps = {}
     for layer, stage, gradient in zip(layers, stages, gradients, strict=True):
         for method in methods:
@@ -235,46 +254,60 @@ def batched(items, n):
         batch = list(islice(items, n))
 
 
-def explain_video(path, question):
-    """The Explanation of a video of any length; without a target, of its most probable class."""
-    model, clip, target = question.model, question.clip, question.target
+def prepared(video, question):
+    """Yield (n, clips) of the windows of a video, as `read_windows`, for the network."""
+    model, clip = question.model, question.clip
     device = next(model.parameters()).device
     at_once = clips_at_once((clip.length, *clip.size), device)
-    video = open_video(path)
     windows = ahead(read_windows(video, clip, question.stride))
-
-    # what is kept of the windows are small maps, not the frames
-    cells = {}
-    logits = []
-    bar = tqdm(windows, "explain", leave=False, unit="window")
-    for batch in batched(bar, at_once):
-        clips = model.prepare(torch.stack([frames for _, frames in batch]))
-        maps, scores = explain(model, clips, question.layers, question.methods, target)
-        if target is None:
-            target = most_probable(scores)
-        for (layer, method), parts in maps.items():
-            cells.setdefault(f"{layer} {method}", []).append(shrink(parts))
-        logits.append(scores.cpu())
+    for batch in batched(tqdm(windows, leave=False, unit="window"), at_once):
         n, _ = batch[-1]
+        yield n, model.prepare(torch.stack([frames for _, frames in batch]))
 
-    # the first windows may have spoken for another class than the whole video
-    logits = torch.cat(logits)
-    best = most_probable(logits)
-    if question.target is None and target != best:
-        return explain_video(path, question._replace(target=best))
+
+@torch.inference_mode()
+def predict_video(path, question):
+    """The Explanation of a video of any length, without maps."""
+    clip = question.clip
+    video = open_video(path)
+    logits = []
+    for n, clips in prepared(video, question):
+        logits.append(question.model(clips).cpu())
+        end = n
+    scores = torch.cat(logits).softmax(1).numpy()
 
     # the last window starts where it ends with the video
-    length = min(n, clip.length)
-    starts = np.minimum(question.stride * np.arange(len(logits)), n - length)
+    length = min(end, clip.length)
+    starts = np.minimum(question.stride * np.arange(len(scores)), end - length)
     first = grid_of(video.start, video.start, clip)[0]
     moments = (first + starts + (length - 1) / 2) / clip.fps
-    times = np.arange(first, first + n, dtype=np.float32) / np.float32(clip.fps)
-    maps = {name: cross_fade(cells[name], starts, clip.length, n) for name in cells}
-    scores = logits.softmax(1).numpy()
+    times = np.arange(first, first + end, dtype=np.float32) / np.float32(clip.fps)
+    # a change costs the same in seconds, whatever the stride
+    path = best_path(scores, COST * clip.length / 2 / question.stride)
+    spans = find_spans(moments, scores, path, times[-1], question.threshold)
+    targets = path if question.target is None else np.full_like(path, question.target)
     fps = video.fps  # of the header, which may be wrong
     if video.count > 1:
         fps = round((video.count - 1) / (video.time - video.start), 3)
-    return Explanation(video.shape, target, maps, times, moments, scores, fps)
+    return Explanation(video.shape, times, starts, moments, scores, targets, spans, fps, {})
+
+
+def explain_video(path, question):
+    """The Explanation of a video of any length."""
+    found = predict_video(path, question)
+    targets = torch.from_numpy(found.targets)
+    # what is kept of the windows are small maps, not the frames
+    cells = {}
+    done = 0
+    for _, clips in prepared(open_video(path), question):
+        own = targets[done : done + len(clips)]
+        done += len(clips)
+        maps, _ = explain(question.model, clips, question.layers, question.methods, own)
+        for (layer, method), parts in maps.items():
+            cells.setdefault(f"{layer} {method}", []).append(shrink(parts))
+    size = question.clip.length, len(found.times)
+    maps = {name: cross_fade(cells[name], found.starts, *size) for name in cells}
+    return found._replace(maps=maps)
 
 
 def shrink(maps):
@@ -470,47 +503,65 @@ def arrange(n, height, width):
     return columns, round(scale * height), round(scale * width)
 
 
-def ranking(found, classes):
-    """["predicted: name probability", ...] of the class explained and the most probable ones."""
-    mean = found.scores.mean(0)
-    best = mean.argsort()[::-1][:TOP_K].tolist()
-    shown = dict.fromkeys([found.target, *best])  # each once
-    first, *others = [f"{classes[i]} {mean[i]:.0%}" for i in shown]
-    lead = "predicted" if found.target == best[0] else "asked for"
-    return [f"{lead}: {first}", *others]
+def clock(seconds):
+    """Minutes and seconds, as 1:05."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}:{seconds:02}"
 
 
-def ranges(found, classes):
+def subject(found, classes):
+    """Name of the class that is explained; "predicted" where there are several."""
+    labels = set(found.targets.tolist())
+    return classes[labels.pop()] if len(labels) == 1 else "predicted"
+
+
+def captions(found, classes):
+    """["0:04 to 0:21 squat 88%", ...] of each span."""
+    for span in found.spans:
+        time = f"{clock(span.start)} to {clock(span.end)}"
+        yield f"{time} {classes[span.label]} {span.probability:.0%}"
+
+
+def ranges(found, name):
     """["map, its cells (WxH), from 0 to its largest value", ...], in columns."""
-    for name, maps in found.maps.items():
+    for row, maps in found.maps.items():
         _, height, width = maps.shape
-        line = f"{name:20} {width:2}x{height:<2} cells, from 0 to {maps.max():.3g}"
+        line = f"{row:20} {width:2}x{height:<2} cells, from 0 to {maps.max():.3g}"
         if maps.max() <= 0:
-            line = f"{name}: no positive evidence for {classes[found.target]}"
+            line = f"{row}: no positive evidence for {name}"
         yield line
 
 
-def draw_band(width, size, found, classes):
-    """What is written below the panels in letters of `size` pixels: uint8 (h, width, 3).
+def draw_time_line(width, size, found, classes):
+    """The whole video from left to right, in letters of `size` pixels: uint8 (6 size, width, 3).
 
-    To the left the classes; to the right the maps and the scale of their colours; at the bottom the
-    time line, the score of the class from the start of the video to its end, 2 `size` high.
+    The probability of the class explained as a curve, and the spans by name, both in the colours of
+    the spans; at the bottom the seconds.
     """
-    height = (TOP_K + 1) * (3 * size // 2) + 2 * size
-    band = np.full((height, width, 3), DARK, np.uint8)
-    left, right = np.array_split(band, 2, axis=1)
-    write(left, ranking(found, classes), size)
-    write(right, list(ranges(found, classes))[:3], size)  # more would hide the scale
-    scale = right[-3 * size : -2 * size]
-    heat = np.linspace(0, 1, scale.shape[1])[None].repeat(size, 0)
-    grey = np.full_like(scale, 90)
-    scale[:] = overlay(grey, heat)
-    # the time line
-    times = np.linspace(found.times[0], found.times[-1], width)
-    score = np.interp(times, found.moments, found.scores[:, found.target])
-    level = np.linspace(1, 0, 2 * size)[:, None]
-    band[-2 * size :] = np.where((level <= score)[..., None], BROWN, 48)
-    return band
+    seconds = max(found.times[-1], 0.1)
+    times = np.linspace(0, seconds, width)
+    numbers = np.searchsorted([span.end for span in found.spans[:-1]], times)
+    labels = np.array([span.label for span in found.spans])[numbers]
+    colours = np.where(labels[:, None] == len(classes) - 1, GREY, COLOURS[labels])
+
+    # the curve
+    picture = np.full((6 * size, width, 3), DARK, np.uint8)
+    curve, names, scale = np.split(picture, [3 * size, 9 * size // 2])
+    score = found.scores[np.arange(len(found.targets)), found.targets]
+    score = np.interp(times, found.moments, score)[:, None]
+    level = np.linspace(1, 0, len(curve))[:, None, None]
+    curve[:] = np.where(level <= score, colours, 48)
+    write(curve, ["100%", "0%"], size)
+    # the names
+    names[:] = colours
+    for first, last in runs(numbers):
+        if last - first > 2 * size:
+            write(names[:, first:last], [classes[labels[first]]], size)
+    # the seconds
+    step = next(step for step in STEPS if step * width > 4 * size * seconds)
+    for time in range(0, int(seconds), step):
+        write(scale[:, int(time / seconds * width) :], [f"|{clock(time)}"], size)
+    return picture
 
 
 def draw_heat(source, heat, size):
@@ -529,15 +580,21 @@ def draw_heat(source, heat, size):
     return panel
 
 
-def draw(video, found, clip_size, classes):
+def draw(video, found, size, classes):
     """Yield (time in s, picture to write, panels) for every frame of a video, a VideoReader.
 
-    panels: [source, its heat for each map], uint8 BGR of one size. clip_size: (W, H). One scale,
-    that of its largest value, holds for a map over the whole video.
+    panels: [source, its heat for each map], uint8 BGR of one size. size: (W, H) of the clips. One
+    scale, that of its largest value, holds for a map over the whole video.
     """
     columns, height, width = arrange(1 + len(found.maps), *found.shape)
-    size = int(min(max(height / 30, 10), 40))
-    band = draw_band(columns * width, size, found, classes)
+    letters = int(min(max(height / 30, 10), 40))
+    # below: what is predicted, the scale of the heat, the time line
+    scale = np.full((letters, columns * width, 3), GREY, np.uint8)
+    scale = overlay(scale, np.linspace(0, 1, columns * width)[None].repeat(letters, 0))
+    time_line = draw_time_line(columns * width, letters, found, classes)
+    below = np.vstack([np.full_like(time_line[: 2 * letters], DARK), scale, time_line])
+    lines = list(captions(found, classes))
+    ends = [span.end for span in found.spans[:-1]]
     peaks = [max(maps.max(), 1e-30) for maps in found.maps.values()]
     n = len(found.times)
     while video.grab():
@@ -548,16 +605,18 @@ def draw(video, found, clip_size, classes):
             neighbours = maps[[int(at), math.ceil(at)]]
             before, after = np.maximum(neighbours, 0) / peak
             heat = before + at % 1 * (after - before)
-            panels.append(draw_heat(source, heat, clip_size))
-        picture = np.vstack([tile(panels, columns), band])
+            panels.append(draw_heat(source, heat, size))
+        picture = np.vstack([tile(panels, columns), below])
+        line = lines[np.searchsorted(ends, video.time)]
+        write(picture[-len(below) :], [f"predicted: {line}"], letters)
         if len(peaks) > 1:
             for i, name in enumerate(found.maps, 1):
                 top = i // columns * height
                 left = i % columns * width
-                write(picture[top:, left:], [name], size)
+                write(picture[top:, left:], [name], letters)
         # the cursor of the time line
         cursor = int(at / n * picture.shape[1])
-        picture[-2 * size :, cursor : cursor + size // 5] = WHITE
+        picture[-len(time_line) :, cursor : cursor + letters // 5] = WHITE
         yield video.time, picture, panels
 
 
@@ -579,9 +638,10 @@ def render(path, output, found, size, classes):
     with replacing(output) as part:
         write_video(part, pictures(), found.fps, CODECS[output.suffix.lower()])
     times, panels = zip(*moments, strict=True)
-    name = classes[found.target]
+    name = subject(found, classes)
+    predicted = ", ".join(dict.fromkeys(classes[span.label] for span in found.spans))
     texts = [f"{row}: red speaks for {name}, dimmed was not seen" for row in found.maps]
-    rows = zip([ranking(found, classes)[0], *texts], zip(*panels, strict=True), strict=True)
+    rows = zip([f"predicted: {predicted}", *texts], zip(*panels, strict=True), strict=True)
     write_png(output.with_suffix(".png"), film(list(rows), times))
 
 
@@ -597,7 +657,8 @@ def parse_args():
     add("--video", type=Path, nargs="+", default=[], help="the same, as a flag")
     add("--method", default="hirescam", help="gradcam, hirescam, or both with a comma")
     add("--checkpoint", type=Path, help="made by Trainer.py; None: the newest in checkpoints/")
-    add("--target-class", help="name or index of the class; None: the predicted one")
+    add("--target-class", help="name or index of the class; None: at each moment the predicted one")
+    add("--no-heat", **switch, help="no video: which class when, fast, as tables and a picture")
     add("--layer", default="last", help="stages of the network with commas, last, or all")
     add("--stride", type=int, help="frames from window to window; None: half a clip")
     add("--output", type=Path, help=".webm (for browsers), .mp4, or a folder; None: here")
@@ -623,8 +684,11 @@ def choose(name, names, what):
     raise UserError(f"there is no {what} {name!r}: choose one of {', '.join(names)}")
 
 
-def find_jobs(paths, output, method):
-    """{file to write: video} for all `paths`, videos or folders; UserError if that can't be."""
+def find_jobs(paths, output, end):
+    """{file to write: video} for all `paths`, videos or folders; UserError if that can't be.
+
+    The files are named like the videos, with `end` added.
+    """
     jobs = {}
     for path in paths:
         videos = [path]
@@ -639,7 +703,7 @@ def find_jobs(paths, output, method):
             raise UserError(f"{path} is a picture: a heat-map takes a video")
         for video in videos:
             stem = "_".join(video.relative_to(root).with_suffix("").parts)
-            result = output / f"{stem}_{method.replace(',', '_')}.webm"
+            result = output / f"{stem}{end}.webm"
             if result in jobs:
                 raise UserError(f"{result} would hold two of the videos: explain them one by one")
             jobs[result] = video
@@ -687,59 +751,88 @@ def ask(args):
     target = None
     if args.target_class:
         target = choose(args.target_class, classes, "class")
-    return Question(model, clip, classes, layers, methods, target, stride)
+    # older checkpoints lack these two
+    metrics = checkpoint.get("metrics", {})
+    for parameter in model.classifier.parameters():
+        parameter /= metrics.get("temperature", 1.0)
+    threshold = metrics.get("threshold", 0.0)
+    classes = [*classes, "unknown"]
+    return Question(model, clip, classes, layers, methods, target, stride, threshold)
 
 
 def explain_file(video, output, question, args):
-    """Explain one video and write the results; none of them if one exists and isn't `force`d."""
-    numbers = output.with_suffix(".npz")
-    table = output.with_name(f"{output.stem}_check.csv")
-    paths = [output, output.with_suffix(".png"), numbers, table]
+    """Explain one video and write the results; none of them if one exists and isn't `force`d.
+
+    Returns the rows of its spans: start, end, class, probability.
+    """
+    endings = ["_spans.csv", "_windows.csv", "_spans.png", ".png", ".npz", "_check.csv"]
+    spans, windows, band, *heat = (output.with_name(output.stem + end) for end in endings)
+    paths = [*([band] if args.no_heat else [output, *heat]), spans, windows]
     for path in paths:
         if path.resolve() == video.resolve() or (path.exists() and not args.force):
             raise UserError(f"{path} exists: give --output another name, or overwrite with --force")
 
+    # which class when
     model, clip, classes = question.model, question.clip, question.classes
-    found = explain_video(video, question)
-    name = classes[found.target]
-    ranks = ", ".join(ranking(found, classes))
-    print(f"{video}: {ranks} (mean of {len(found.scores)} windows)")
-    print(*ranges(found, classes), sep="\n")
+    found = (predict_video if args.no_heat else explain_video)(video, question)
+    print(f"{video}: {len(found.scores)} windows", *captions(found, classes), sep="\n")
+    rows = [(s.start, s.end, classes[s.label], s.probability) for s in found.spans]
+    write_csv(spans, [("start", "end", "class", "probability"), *rows])
+    table = np.column_stack([found.moments, found.scores]).tolist()
+    write_csv(windows, [("seconds", *classes[:-1]), *table])
+    if args.no_heat:
+        write_png(band, draw_time_line(1600, 24, found, drawable(classes)))
+        return rows
+
+    # where it looked
+    name = subject(found, classes)
+    print(*ranges(found, name), sep="\n")
     render(video, output, found, clip.size, drawable(classes))
     if args.npy:
         maps = {f"{row} {name}": maps for row, maps in found.maps.items()}
-        with replacing(numbers) as part:
+        with replacing(heat[1]) as part:
             np.savez(part, times=found.times, **maps)
     if args.check:
         windows = read_windows(open_video(video), clip, question.stride)
         few = np.linspace(0, len(found.moments) - 1, 4).round()
         clips = [frames for i, (_, frames) in enumerate(windows) if i in few]
         clips = model.prepare(torch.stack(clips))
-        lines = check(model, clips, question.layers, question.methods, found.target)
+        target = np.bincount(found.targets).argmax()
+        lines = check(model, clips, question.layers, question.methods, target)
         for row in found.maps:
             mine = [line for line in lines if f"{line.layer} {line.method}" == row]
             print(*verdicts(mine, row), sep="\n")
-        rows = [(name, *line) for line in lines]
-        write_csv(table, [("class", *CheckLine._fields), *rows])
+        table = [(classes[target], *line) for line in lines]
+        write_csv(heat[2], [("class", *CheckLine._fields), *table])
     print("written", *(path for path in paths if path.exists()))
+    return rows
 
 
 def main():
     args = parse_args()
     output = args.output or Path()
-    jobs = find_jobs(args.video, output, args.method)
+    end = "" if args.no_heat else f"_{args.method.replace(',', '_')}"
+    jobs = find_jobs(args.video, output, end)
     question = ask(args)
     # maps of a GPU are those of the CPU; with TF32 products have 3 digits
     torch.backends.cudnn.allow_tf32 = False
+    every = output / "predictions.csv"
+    table = [("file", "start", "end", "class", "probability")]
+    many = args.no_heat and len(jobs) > 1
+    if many and every.exists() and not args.force:
+        raise UserError(f"{every} exists: give --output another folder, or overwrite with --force")
     left_out = 0
     for result, video in jobs.items():
         try:
-            explain_file(video, result, question, args)
+            rows = explain_file(video, result, question, args)
+            table += [(video, *row) for row in rows]
         except (UserError, OSError) as error:
             if len(jobs) == 1:
                 raise
             sys.stderr.write(f"HeatMap.py: left out: {error}\n")
             left_out += 1
+    if many:
+        write_csv(every, table)
     if left_out:
         raise UserError(f"{left_out} of {len(jobs)} videos were left out, see above")
 

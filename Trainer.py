@@ -36,12 +36,14 @@ from torch import nn
 from tqdm import tqdm
 
 from Dataset import (
+    COST,
     ArgumentParser,
     ClipFormat,
     ExerciseVideoDataModule,
     HelpFormatter,
     Trained,
     UserError,
+    best_path,
     between,
     bgr,
     boolean,
@@ -52,6 +54,7 @@ from Dataset import (
     render_demo,
     replacing,
     run_script,
+    runs,
     write_csv,
     write_png,
 )
@@ -453,6 +456,8 @@ def describe(args, data, model, checkpoint, processes):
     weights = checkpoint["weights"]
     say(f"network    {args.model}, {millions:.2f} million parameters, weights: {weights}")
     say(f"recipe     {RECIPES[is_trained(checkpoint)]}")
+    if "no_exercise" not in data.classes:
+        say("note       without a class no_exercise pauses, too, get the name of an exercise")
     say(f"device     {processes.world} x {processes.device}, {args.micro_batch} clips at a time")
     n_classes = len(data.classes)
     loss = math.log(n_classes)
@@ -685,6 +690,8 @@ def accuracies(logits, labels, videos, centred):
     """Dict of figures (accuracies 0..1); the confusion of videos, int64 (true, predicted); scores.
 
     The scores are the probabilities of the videos, float32 (videos, classes), by their numbers.
+    Two figures are for HeatMap.py: the temperature, see `fit_temperature`, and the threshold, the
+    probability with this temperature that 95 % of the videos have.
 
     Args:
         logits, labels: (clips, classes) and (clips,).
@@ -694,7 +701,9 @@ def accuracies(logits, labels, videos, centred):
     """
     videos, number = videos.unique(return_inverse=True)
     n_classes = logits.shape[1]
-    scores = torch.zeros(len(videos), n_classes).index_add(0, number, logits.softmax(1))
+    scores = average(logits.softmax(1), number)
+    temperature = fit_temperature(logits, labels)
+    certainty = average((logits / temperature).softmax(1), number).amax(1)
     truth = torch.zeros(len(videos), dtype=torch.long).scatter(0, number, labels)
     hits = scores.topk(min(5, n_classes)).indices == truth[:, None]
     confusion = torch.bincount(truth * n_classes + scores.argmax(1), minlength=n_classes**2)
@@ -711,9 +720,27 @@ def accuracies(logits, labels, videos, centred):
         "val_video_top1": top1.mean(),
         "val_video_top5": top5.mean(),
         "val_video_mean_class": recall.nanmean(),
+        "temperature": temperature,
+        "threshold": certainty.quantile(0.05),
     }
-    counts = torch.bincount(number)[:, None]
-    return {name: value.item() for name, value in figures.items()}, confusion, scores / counts
+    return {name: value.item() for name, value in figures.items()}, confusion, scores
+
+
+def average(rows, number):
+    """The mean of the rows (clips, classes) of each number: (numbers, classes)."""
+    counts = number.bincount()[:, None]
+    return rows.new_zeros(len(counts), rows.shape[1]).index_add(0, number, rows) / counts
+
+
+def fit_temperature(logits, labels):
+    """What to divide logits (clips, classes) by so that their softmax can be believed: 1/4 to 4.
+
+    It has the lowest loss (Guo et al., 2017, arXiv:1706.04599). The limits are for few clips, all
+    of which are right.
+    """
+    temperatures = torch.logspace(-2, 2, 161, base=2)
+    losses = [F.cross_entropy(logits / temperature, labels) for temperature in temperatures]
+    return temperatures[torch.stack(losses).argmin()]
 
 
 def evaluate_checkpoint(model, checkpoint, data, args, processes):
@@ -721,13 +748,77 @@ def evaluate_checkpoint(model, checkpoint, data, args, processes):
     part = "test" if data.test_set else "val"
     loader = data.test_dataloader() if data.test_set else data.val_dataloader()
     how = (model, loader, args, processes, is_trained(checkpoint))
-    figures, confusion, _ = evaluate(*how)
+    figures, confusion, scores = evaluate(*how)
     if processes.rank == 0:
         print("\n".join(data.notes))
         print(f"{part} videos of {args.data}: {as_text(figures)}")
         stem = f"{args.evaluate.stem}_{part}_confusion"
         report(confusion, data.classes, args.evaluate.with_name(stem))
+        if (Path(args.data) / "labels").is_dir():
+            temperature = checkpoint.get("metrics", {}).get("temperature", 1.0)
+            scores = (scores.log() / temperature).softmax(1).numpy()
+            print_when(loader.dataset.segments, scores)
     check_room(figures[ACCURACY], how)
+
+
+def edit_score(truth, predicted):
+    """1 - Levenshtein's distance of two sequences of labels / length of the longer."""
+    row = range(len(predicted) + 1)
+    for label in truth:
+        above = row
+        row = [above[0] + 1]
+        for i, other in enumerate(predicted):
+            row.append(min(above[i] + (label != other), above[i + 1] + 1, row[i] + 1))
+    return 1 - row[-1] / max(len(truth), len(predicted))
+
+
+def found_runs(truth, predicted, overlap):
+    """How many runs of true labels (n,) a run of the predicted ones meets.
+
+    That is, it has the label, and no other so large an intersection over union: at least `overlap`.
+    """
+    found = set()
+    for a, b in runs(predicted):
+        shares = [(0.0, None)]
+        for c, d in runs(truth):
+            share = (min(b, d) - max(a, c)) / (max(b, d) - min(a, c))
+            if truth[c] == predicted[a] and share >= overlap:
+                shares.append((share, c))
+        found.add(max(shares)[1])
+    return len(found - {None})
+
+
+def when_figures(truth, predicted):
+    """Five figures, 0..1, for labels (n,) of a recording's moments (Lea et al., arXiv:1611.05267).
+
+    How many moments are right; the edit score of the sequences of runs of equal labels; F1 of the
+    runs that are found with an overlap of 10, 25 and 50 %.
+    """
+    names = [[labels[first] for first, _ in runs(labels)] for labels in (truth, predicted)]
+    count = sum(map(len, names))
+    f1 = [2 * found_runs(truth, predicted, share) / count for share in (0.1, 0.25, 0.5)]
+    return [np.equal(truth, predicted).mean(), edit_score(*names), *f1]
+
+
+def print_when(segments, scores):
+    """Print how well the labels of recordings are found, by `best_path` and window by window.
+
+    segments: windows of recordings, each with the label of its middle. scores: (segments, classes),
+    their probabilities. The figures are means over the recordings.
+    """
+    order = sorted(range(len(segments)), key=lambda i: (segments[i].path, segments[i].start))
+    for title, cost in (("smoothed", COST), ("raw", 0.0)):
+        figures = []
+        for _, own in itertools.groupby(order, key=lambda i: segments[i].path):
+            own = list(own)
+            truth = [segments[i].label for i in own]
+            figures.append(when_figures(truth, best_path(scores[own], cost)))
+        right, edit, *f1 = np.mean(figures, axis=0)
+        f1 = ", ".join(f"{value:.1%}" for value in f1)
+        print(
+            f"{title:10} right {right:.1%} of the time, edit {edit:.1%}, F1@10, 25, 50 {f1}, of "
+            f"{len(figures)} recordings"
+        )
 
 
 def load_best(model, args, processes):

@@ -32,10 +32,12 @@ from Dataset import (
     UserError,
     Video,
     VideoReader,
+    best_path,
     between,
     boolean,
     collate,
     film,
+    find_spans,
     frames_at,
     middle,
     probe,
@@ -675,6 +677,36 @@ def test_windows_of_a_recording_have_the_label_of_their_middle():
     times = np.concatenate([np.arange(90) / 30, 3 + np.arange(30) / 10])
     assert found([(5, 3), (7, 1)], times=times) == [(0, 5), (1, 5), (3, 7), (4, 7)]
     assert windows(np.full(30, 5), np.arange(90) / 30, WIDE) == []  # labels for a third only
+
+
+@pytest.mark.parametrize("cost", [0.0, 0.25, 0.8])
+def test_the_best_path_is_the_best_of_all_paths(cost):
+    scores = np.random.default_rng(1).dirichlet(np.ones(3), 7)
+    every = list(product(range(3), repeat=7))
+    values = [
+        sum(scores[range(7), path]) - cost * np.count_nonzero(np.diff(path)) for path in every
+    ]
+    assert tuple(best_path(scores, cost)) == every[np.argmax(values)]
+
+
+def test_spans_change_between_windows_and_are_unknown_below_the_threshold():
+    scores = np.array([[0.9, 0.1], [0.7, 0.3], [0.4, 0.6], [0.2, 0.8]])
+    moments = np.array([1.0, 2.0, 3.0, 3.5])
+    path = best_path(scores)
+    assert path.tolist() == [0, 0, 1, 1]
+    found = find_spans(moments, scores, path, 4.5, threshold=0.75)
+    assert [span[:3] for span in found] == [(0.0, 2.5, 0), (2.5, 4.5, 2)]
+    assert [span.probability for span in found] == pytest.approx([0.8, 0.7])
+
+
+def test_all_windows_of_a_recording_are_evaluated(tmp_path):
+    """Those that mix two labels, and all without exercise, too."""
+    labels = [-1] * 75 + [4] * 100 + [2] * 100
+    recording(tmp_path, "a", labels, 25)
+    trained = Dataset.Trained(["no_exercise", "2", "4"], {})
+    segments = module(tmp_path, background_ratio=0.5, trained=trained).test_set.segments
+    found = [label for _, label in sorted((s.start, s.label) for s in segments)]
+    assert found == [0, 0, 2, 2, 2, 2, 1, 1, 1, 1]
 
 
 def test_recordings_are_cut_split_and_named(tmp_path):

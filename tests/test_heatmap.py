@@ -1,6 +1,8 @@
 """HeatMap.py: maps against formulas and finite differences, the check, the picture, the script."""
 
 import csv
+import math
+import re
 import runpy
 import struct
 import sys
@@ -16,7 +18,15 @@ from conftest import CLASSES, ROOT, fails_with, lively, relative, run, write_vid
 from torch import nn
 
 import HeatMap
-from Dataset import ClipFormat, ExerciseVideoDataset, Segment, UserError, VideoReader, middle
+from Dataset import (
+    ClipFormat,
+    ExerciseVideoDataset,
+    Segment,
+    Span,
+    UserError,
+    VideoReader,
+    middle,
+)
 from HeatMap import METHODS, CheckLine, Question, ahead, explain, explain_video, overlay, render
 from HeatMap import stage_names as stages
 from SparseModel import VideoClassifier, fold_batch_norm, load_checkpoint
@@ -278,10 +288,11 @@ class FindsBlue(VideoClassifier):
 
 SEES = ClipFormat((48, 64), 8, 8.0)
 BLUE = ["features.0"], ["hirescam"]
+COLOURS = ["blue", "red", "unknown"]
 
 
 def find_blue(path, target=0, stride=4):
-    question = Question(FindsBlue(), SEES, ["blue", "red"], *BLUE, target, stride)
+    question = Question(FindsBlue(), SEES, COLOURS, *BLUE, target, stride, 0.0)
     return explain_video(path, question)
 
 
@@ -326,7 +337,7 @@ def test_planted_evidence_is_found_at_its_place_and_moment(tmp_path, shape, plac
     if turned:
         turn(path)
     found = find_blue(path)
-    render(path, tmp_path / "out.mp4", found, SEES.size, ["blue", "red"])
+    render(path, tmp_path / "out.mp4", found, SEES.size, COLOURS)
     (source, _), (out, _) = read_video(path), read_video(tmp_path / "out.mp4")
     h, w = source.shape[1:3]
     assert (h > w) == ((height > width) != turned)
@@ -348,7 +359,7 @@ def test_what_the_network_can_not_see_is_dimmed_and_the_rest_is_the_source(tmp_p
     grey = np.full((12, 96, 192, 3), 150, np.uint8)  # 72 of 192 columns are seen
     write_video(tmp_path / "grey.avi", grey, 16, "MJPG")
     found = find_blue(tmp_path / "grey.avi")
-    render(tmp_path / "grey.avi", tmp_path / "o.mp4", found, SEES.size, ["b", "r"])
+    render(tmp_path / "grey.avi", tmp_path / "o.mp4", found, SEES.size, COLOURS)
     row = read_video(tmp_path / "o.mp4")[0][5, 40, 192:].mean(1)
     assert row[:56] == pytest.approx(50, abs=8)
     assert row[-56:] == pytest.approx(50, abs=8)
@@ -391,17 +402,45 @@ def test_window_in_the_middle_is_the_clip_that_the_trainer_validates(tmp_path):
     assert torch.equal(windows[(n - 8) // 2], item)
 
 
-def test_the_class_explained_is_the_one_of_the_whole_video(tmp_path, monkeypatch):
-    frames = np.full((40, 64, 48, 3), 60, np.uint8)
-    frames[:8, 10:40] = (60, 60, 250)
-    frames[8:, 10:40] = (250, 60, 60)
+def test_the_class_explained_is_that_of_the_span(tmp_path, monkeypatch):
+    """Six seconds of blue, four of red: each is explained where it is, or one of them all along."""
+    frames = np.full((80, 64, 48, 3), 60, np.uint8)
+    frames[:48, 10:40] = (250, 60, 60)
+    frames[48:, 10:40] = (60, 60, 250)
     write_video(tmp_path / "v.avi", frames, 8, "MJPG")
-    monkeypatch.setattr(HeatMap, "clips_at_once", lambda *_: 1)
-    found = find_blue(tmp_path / "v.avi", target=None, stride=8)
-    assert found.scores.argmax(1).tolist() == [1, 0, 0, 0, 0]
-    assert found.target == 0
-    maps = found.maps["features.0 hirescam"]
-    assert maps[:6].max() < maps[12:].min(axis=0).max()
+    monkeypatch.setattr(HeatMap, "clips_at_once", lambda *_: 3)
+    blue, red, each = (find_blue(tmp_path / "v.avi", target, 8) for target in (0, 1, None))
+    assert each.targets.tolist() == [*[0] * 6, *[1] * 4]
+    assert red.targets.tolist() == [1] * 10
+    assert [span.label for span in red.spans] == [0, 1]
+    assert [span.label for span in each.spans] == [0, 1]
+    assert each.spans[0].end == each.spans[1].start == pytest.approx(6 - 1 / 16)
+    assert each.spans[1].end == pytest.approx(79 / 8)
+    mixed, of_blue, of_red = (found.maps["features.0 hirescam"] for found in (each, blue, red))
+    assert np.array_equal(mixed[:48], of_blue[:48])
+    assert np.array_equal(mixed[48:], of_red[48:])
+    assert HeatMap.subject(each, COLOURS) == "predicted"
+    assert HeatMap.subject(red, COLOURS) == "red"
+
+
+def test_the_time_line_shows_the_curve_the_spans_and_the_seconds():
+    moments = np.arange(1, 20.0)
+    scores = np.where(moments[:, None] < 10, [0.9, 0.1], [0.25, 0.75])
+    spans = [Span(0.0, 9.5, 0, 0.9), Span(9.5, 20.0, 2, 0.75)]  # the second is unknown
+    targets = (moments >= 10).astype(int)
+    times = np.arange(161) / 8
+    found = HeatMap.Explanation(None, times, None, moments, scores, targets, spans, 8, {})
+    picture = HeatMap.draw_time_line(1000, 20, found, COLOURS).astype(int)
+    assert picture.shape == (120, 1000, 3)
+    # 60 rows from 100 to 0 %: 90 % at the left, 75 % at the right
+    assert (picture[:60, 300] != 48).any(1).sum() == pytest.approx(54, abs=1)
+    assert (picture[:60, 800] != 48).any(1).sum() == pytest.approx(45, abs=1)
+    assert (picture[75, 300] == HeatMap.COLOURS[0]).all()
+    assert (picture[75, 470] == HeatMap.COLOURS[0]).all()
+    assert (picture[75, 980] == HeatMap.GREY).all()
+    assert (picture[62:88, 485:560] == 255).any()  # the name of the second
+    starts = [x for x in range(1000) if (picture[95:112, x] > 200).all()]
+    assert {x // 250 for x in starts} == {0, 1, 2, 3}  # every 5 s
 
 
 def test_a_gpu_takes_eight_windows_of_the_default_size_at_a_time():
@@ -595,8 +634,10 @@ def test_script_writes_a_video_like_its_source(tmp_path, video, checkpoints, nam
     done = run("HeatMap.py", *command, *more)
     assert done.returncode == 0, done.stderr
     assert "OpenCV" not in done.stderr
-    assert all(word in done.stdout for word in (more[1], str(output), *CLASSES))
-    assert done.stdout.startswith(f"{video}: predicted: ") or "asked for: squat" in done.stdout
+    assert all(word in done.stdout for word in (more[1], str(output)))
+    first, span = done.stdout.splitlines()[:2]
+    assert first == f"{video}: 2 windows"
+    assert re.fullmatch(f"0:00 to 0:02 ({'|'.join(CLASSES)}) [0-9]+%", span)
     frames, fps = read_video(output)
     assert frames.shape[::2] == (39, 128)
     assert frames.shape[1] > 96
@@ -604,7 +645,7 @@ def test_script_writes_a_video_like_its_source(tmp_path, video, checkpoints, nam
     strip = cv2.imread(str(output.with_suffix(".png")))
     assert strip.shape == (2 * (36 + 444), 8 * 300, 3)  # two rows: a line, and eight moments
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
-        ["clip.mp4", "why.png", f"why{suffix}"]
+        ["clip.mp4", "why.png", f"why{suffix}", "why_spans.csv", "why_windows.csv"]
     )
     frames, source = frames[:, :96], read_video(video)[0]
     assert abs(frames[:, :, :64] - source).mean() < 8
@@ -620,6 +661,8 @@ def test_default_output_is_kept_unless_forced(tmp_path, video, checkpoints, heat
         "clip.mp4",
         "clip_gradcam.png",
         "clip_gradcam.webm",
+        "clip_gradcam_spans.csv",
+        "clip_gradcam_windows.csv",
     ]
     Path("clip_gradcam.webm").write_text("mine")
     code, _, stderr = heatmap(*args)
@@ -630,6 +673,62 @@ def test_default_output_is_kept_unless_forced(tmp_path, video, checkpoints, heat
     assert Path("clip_gradcam.webm").read_text() == "mine"
     assert heatmap(*args, "--force")[0] == 0
     assert read_video("clip_gradcam.webm")[0].shape[0] == 39
+
+
+def test_the_tables_are_an_independent_reading_of_the_windows(
+    tmp_path, video, checkpoints, heatmap
+):
+    """Of 2.6 s: windows from 0 and, the last, from 5 frames of the grid on; temperature 2."""
+    checkpoint = torch.load(checkpoints[NETWORKS[0]], weights_only=True)
+    checkpoint["metrics"] = {"temperature": 2.0, "threshold": 0.99}
+    torch.save(checkpoint, tmp_path / "sure.pt")
+    args = ["--checkpoint", tmp_path / "sure.pt", "--output", tmp_path, "--no-heat"]
+    code, stdout, stderr = heatmap(video, *args)
+    assert code == 0, stderr
+    model, checkpoint = load_checkpoint(checkpoints[NETWORKS[0]])
+    frames = read_video(video)[0]
+    grid = frames[[math.ceil(k / 8 * 15 - 1e-3) for k in range(21)]]
+    rgb = torch.from_numpy(grid[..., ::-1].astype(np.uint8).copy()).permute(0, 3, 1, 2)
+    clips = torch.stack([rgb[:16], rgb[5:21]])
+    with torch.no_grad():
+        expected = (model(model.prepare(clips)) / 2).softmax(1).numpy()
+    with open(tmp_path / "clip_windows.csv") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["seconds", *CLASSES]
+    rows = np.array(rows, float)
+    assert rows[:, 0] == pytest.approx([7.5 / 8, 12.5 / 8])
+    assert rows[:, 1:] == pytest.approx(expected, abs=2e-3)
+    with open(tmp_path / "clip_spans.csv") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["start", "end", "class", "probability"]
+    assert [row[2] for row in rows] == ["unknown"]
+    assert [float(value) for value in rows[0][:2]] == [0.0, 2.5]
+    best = expected.mean(0).max()
+    assert float(rows[0][3]) == pytest.approx(best, abs=2e-3)
+    assert stdout.splitlines()[1] == f"0:00 to 0:02 unknown {best:.0%}"
+
+
+def test_without_heat_a_folder_gives_one_table_and_no_video(tmp_path, checkpoints, heatmap):
+    for name in "ab":
+        write_video(tmp_path / f"in/squat/{name}.mp4", moving_square(9), fps=15)
+    results = tmp_path / "results"
+    results.mkdir()
+    args = ["--checkpoint", checkpoints[NETWORKS[0]], "--output", results, "--no-heat"]
+    code, _, stderr = heatmap(tmp_path / "in", *args)
+    assert code == 0, stderr
+    endings = ["_spans.csv", "_spans.png", "_windows.csv"]
+    names = [f"squat_{name}{ending}" for name in "ab" for ending in endings]
+    assert sorted(p.name for p in results.iterdir()) == ["predictions.csv", *names]
+    header, *rows = (results / "predictions.csv").read_text().splitlines()
+    assert header == "file,start,end,class,probability"
+    expected = []
+    for name in "ab":
+        _, *spans = (results / f"squat_{name}_spans.csv").read_text().splitlines()
+        expected += [f"{tmp_path}/in/squat/{name}.mp4,{span}" for span in spans]
+    assert rows == expected
+    for path in results.glob("squat*"):
+        path.unlink()
+    assert "predictions.csv exists" in heatmap(tmp_path / "in", *args)[2]
 
 
 @pytest.mark.parametrize(("n", "height", "width"), [(1, 96, 64), (5, 97, 129)])
@@ -756,11 +855,9 @@ def test_folder_gives_a_result_each_and_names_the_bad_file(tmp_path, checkpoints
     assert len(said) == 2
     assert "bad.mp4" in said[0]
     assert "1 of 3" in said[1]
+    endings = [".png", ".webm", "_spans.csv", "_windows.csv"]
     assert sorted(p.name for p in (tmp_path / "results").iterdir()) == [
-        "lunge_a_hirescam.png",
-        "lunge_a_hirescam.webm",
-        "squat_a_hirescam.png",
-        "squat_a_hirescam.webm",
+        f"{name}_a_hirescam{ending}" for name in ("lunge", "squat") for ending in endings
     ]
 
 

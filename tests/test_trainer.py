@@ -22,7 +22,7 @@ from torch import nn
 from torchvision.models.video import r3d_18
 
 import Trainer
-from Dataset import Batch, UserError
+from Dataset import Batch, Segment, UserError
 from SparseModel import (
     MODELS,
     Network,
@@ -353,6 +353,13 @@ def test_the_accuracies_of_clips_and_videos_are_what_they_are_called():
     means = [logits[videos == number].softmax(1).mean(0) for number in range(3)]
     torch.testing.assert_close(scores, torch.stack(means))
     log_p = logits[centred].double().log_softmax(1)
+    t = figures["temperature"]
+    losses = [
+        torch.nn.functional.cross_entropy(logits / k, labels) for k in (0.97 * t, t, 1.03 * t)
+    ]
+    assert min(losses) == losses[1]
+    calibrated = [(logits[videos == number] / t).softmax(1).mean(0) for number in range(3)]
+    calibrated = torch.stack(calibrated)
     assert figures == pytest.approx(
         {
             "val_loss": -(log_p[0, 0] + log_p[1, 0] + log_p[2, 2]).item() / 3,
@@ -360,8 +367,98 @@ def test_the_accuracies_of_clips_and_videos_are_what_they_are_called():
             "val_video_top1": 1 / 3,
             "val_video_top5": 1.0,
             "val_video_mean_class": (1 / 2 + 0 / 1) / 2,
+            "temperature": t,
+            "threshold": calibrated.max(1).values.quantile(0.05).item(),
         },
         rel=1e-5,
+    )
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 3.0])
+def test_the_temperature_undoes_a_factor_on_the_logits(factor):
+    torch.manual_seed(0)
+    logits = torch.randn(20_000, 5) * 2
+    labels = torch.distributions.Categorical(logits=logits).sample()
+    found = Trainer.fit_temperature(factor * logits, labels)
+    assert found.item() == pytest.approx(factor, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("truth", "predicted", "score"),
+    [
+        ("abc", "abc", 1.0),
+        ("abc", "ac", 2 / 3),
+        ("ab", "abab", 2 / 4),
+        ("abcd", "xbyd", 2 / 4),
+        ("a", "bcd", 0.0),
+        ("kitten", "sitting", 1 - 3 / 7),
+    ],
+)
+def test_the_edit_score_by_hand(truth, predicted, score):
+    assert Trainer.edit_score(truth, predicted) == pytest.approx(score)
+
+
+def test_runs_are_found_once_and_with_their_overlap():
+    """Of 00001111, 1 is met whole, and 0 by the longer of two runs, with 2 / 4."""
+    truth = np.array([0, 0, 0, 0, 1, 1, 1, 1])
+    predicted = np.array([0, 2, 0, 0, 1, 1, 1, 1])
+    assert Trainer.found_runs(truth, predicted, 0.5) == 2
+    assert Trainer.found_runs(truth, predicted, 0.51) == 1
+    assert Trainer.found_runs(truth, truth[::-1], 0.1) == 0
+
+
+def published_f1(truth, predicted, overlap):
+    """As the authors' code and that of MS-TCN have it: hits, false alarms and misses in turn."""
+    bounds = []
+    for labels in (truth, predicted):
+        starts = [i for i in range(len(labels)) if i == 0 or labels[i] != labels[i - 1]]
+        ends = [*starts[1:], len(labels)]
+        bounds.append((np.array(starts), np.array(ends), np.array([labels[i] for i in starts])))
+    (start, end, label), predictions = bounds
+    hit = np.zeros(len(label))
+    true_positive = false_positive = 0
+    for first, last, name in zip(*predictions, strict=True):
+        intersection = np.minimum(last, end) - np.maximum(first, start)
+        union = np.maximum(last, end) - np.minimum(first, start)
+        share = intersection / union * (label == name)
+        best = share.argmax()
+        if share[best] >= overlap and not hit[best]:
+            true_positive += 1
+            hit[best] = 1
+        else:
+            false_positive += 1
+    false_negative = len(label) - hit.sum()
+    return 2 * true_positive / (2 * true_positive + false_positive + false_negative)
+
+
+def test_the_figures_of_recordings_are_those_of_the_published_code():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        truth, predicted = (rng.integers(0, 3, 12).repeat(rng.integers(1, 5, 12)) for _ in "ab")
+        n = min(len(truth), len(predicted))
+        truth, predicted = truth[:n], predicted[:n]
+        right, _, *f1 = Trainer.when_figures(truth, predicted)
+        assert right == pytest.approx(
+            sum(a == b for a, b in zip(truth, predicted, strict=True)) / n
+        )
+        assert f1 == pytest.approx([published_f1(truth, predicted, k) for k in (0.1, 0.25, 0.5)])
+
+
+def test_recordings_are_judged_smoothed_and_raw(capsys):
+    """Of ten moments of one recording one is wrong by itself; the order of segments is free."""
+    scores = np.tile([0.8, 0.2], (20, 1))
+    scores[3] = [0.4, 0.6]
+    names = ["a"] * 10 + ["b"] * 10
+    segments = [Segment(name, 0, float(i), i + 2.0, None) for i, name in enumerate(names)]
+    order = np.random.default_rng(0).permutation(20)
+    Trainer.print_when([segments[i] for i in order], scores[order])
+    smoothed, raw = capsys.readouterr().out.splitlines()
+    assert smoothed.startswith("smoothed   right 100.0% of the time, edit 100.0%")
+    # raw: a is found as 0 1 0, that is three runs for one, of which the longest has 6 of 10
+    f1 = f"{(2 / 4 + 1) / 2:.1%}"
+    assert raw == (
+        f"raw        right 95.0% of the time, edit {(1 / 3 + 1) / 2:.1%}, F1@10, 25, 50 "
+        f"{f1}, {f1}, {f1}, of 2 recordings"
     )
 
 
@@ -394,7 +491,9 @@ def test_a_trained_start_keeps_its_early_stages_and_says_its_recipe(
 ):
     flags = [*TINY, "--data", folder, "--epochs", "1", "--checkpoint-dir", tmp_path]
     train(*flags, "--weights", trained)
-    assert "recipe     trained start: without the early stages" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "recipe     trained start: without the early stages" in said
+    assert "without a class no_exercise pauses, too, get the name of an exercise" in said
     start = load(trained)
     end = load(tmp_path / "last.pt")["raw"]
     changed = {name.split(".")[1] for name in start if not torch.equal(start[name], end[name])}
