@@ -510,16 +510,9 @@ def clock(seconds):
 
 
 def subject(found, classes):
-    """Name of the class that is explained; "predicted" where there are several."""
+    """Name of the class that is explained; "the prediction" where there are several."""
     labels = set(found.targets.tolist())
-    return classes[labels.pop()] if len(labels) == 1 else "predicted"
-
-
-def captions(found, classes):
-    """["0:04 to 0:21 squat 88%", ...] of each span."""
-    for span in found.spans:
-        time = f"{clock(span.start)} to {clock(span.end)}"
-        yield f"{time} {classes[span.label]} {span.probability:.0%}"
+    return classes[labels.pop()] if len(labels) == 1 else "the prediction"
 
 
 def ranges(found, name):
@@ -533,10 +526,10 @@ def ranges(found, name):
 
 
 def draw_time_line(width, size, found, classes):
-    """The whole video from left to right, in letters of `size` pixels: uint8 (6 size, width, 3).
+    """The whole video from left to right, in letters of `size` pixels: uint8 (8 size, width, 3).
 
-    The probability of the class explained as a curve, and the spans by name, both in the colours of
-    the spans; at the bottom the seconds.
+    A line for text; the probability of the class explained as a curve, and the spans by name, both
+    in the colours of the spans; at the bottom the seconds.
     """
     seconds = max(found.times[-1], 0.1)
     times = np.linspace(0, seconds, width)
@@ -545,8 +538,8 @@ def draw_time_line(width, size, found, classes):
     colours = np.where(labels[:, None] == len(classes) - 1, GREY, COLOURS[labels])
 
     # the curve
-    picture = np.full((6 * size, width, 3), DARK, np.uint8)
-    curve, names, scale = np.split(picture, [3 * size, 9 * size // 2])
+    picture = np.full((8 * size, width, 3), DARK, np.uint8)
+    _, curve, names, scale = np.split(picture, [2 * size, 5 * size, 13 * size // 2])
     score = found.scores[np.arange(len(found.targets)), found.targets]
     score = np.interp(times, found.moments, score)[:, None]
     level = np.linspace(1, 0, len(curve))[:, None, None]
@@ -588,12 +581,9 @@ def draw(video, found, size, classes):
     """
     columns, height, width = arrange(1 + len(found.maps), *found.shape)
     letters = int(min(max(height / 30, 10), 40))
-    # below: what is predicted, the scale of the heat, the time line
-    scale = np.full((letters, columns * width, 3), GREY, np.uint8)
-    scale = overlay(scale, np.linspace(0, 1, columns * width)[None].repeat(letters, 0))
     time_line = draw_time_line(columns * width, letters, found, classes)
-    below = np.vstack([np.full_like(time_line[: 2 * letters], DARK), scale, time_line])
-    lines = list(captions(found, classes))
+    lines = [f"predicted: {classes[span.label]} {span.probability:.0%}" for span in found.spans]
+    texts = [f"{line}; red: {subject(found, classes)}" for line in lines]
     ends = [span.end for span in found.spans[:-1]]
     peaks = [max(maps.max(), 1e-30) for maps in found.maps.values()]
     n = len(found.times)
@@ -606,9 +596,9 @@ def draw(video, found, size, classes):
             before, after = np.maximum(neighbours, 0) / peak
             heat = before + at % 1 * (after - before)
             panels.append(draw_heat(source, heat, size))
-        picture = np.vstack([tile(panels, columns), below])
-        line = lines[np.searchsorted(ends, video.time)]
-        write(picture[-len(below) :], [f"predicted: {line}"], letters)
+        picture = np.vstack([tile(panels, columns), time_line])
+        below = picture[-8 * letters :]
+        write(below, [texts[np.searchsorted(ends, video.time)]], letters)
         if len(peaks) > 1:
             for i, name in enumerate(found.maps, 1):
                 top = i // columns * height
@@ -616,7 +606,7 @@ def draw(video, found, size, classes):
                 write(picture[top:, left:], [name], letters)
         # the cursor of the time line
         cursor = int(at / n * picture.shape[1])
-        picture[-len(time_line) :, cursor : cursor + letters // 5] = WHITE
+        below[2 * letters :, cursor : cursor + letters // 5] = WHITE
         yield video.time, picture, panels
 
 
@@ -775,13 +765,18 @@ def explain_file(video, output, question, args):
     # which class when
     model, clip, classes = question.model, question.clip, question.classes
     found = (predict_video if args.no_heat else explain_video)(video, question)
-    print(f"{video}: {len(found.scores)} windows", *captions(found, classes), sep="\n")
-    rows = [(s.start, s.end, classes[s.label], s.probability) for s in found.spans]
+    print(f"{video}: {len(found.scores)} windows")
+    rows = []
+    for start, end, label, probability in found.spans:
+        print(f"{clock(start)} to {clock(end)} {classes[label]} {probability:.0%}")
+        rows.append((start, end, classes[label], probability))
     write_csv(spans, [("start", "end", "class", "probability"), *rows])
     table = np.column_stack([found.moments, found.scores]).tolist()
     write_csv(windows, [("seconds", *classes[:-1]), *table])
     if args.no_heat:
-        write_png(band, draw_time_line(1600, 24, found, drawable(classes)))
+        picture = draw_time_line(1600, 24, found, drawable(classes))
+        write(picture, [str(video)], 24)
+        write_png(band, picture)
         return rows
 
     # where it looked

@@ -419,7 +419,7 @@ def test_the_class_explained_is_that_of_the_span(tmp_path, monkeypatch):
     mixed, of_blue, of_red = (found.maps["features.0 hirescam"] for found in (each, blue, red))
     assert np.array_equal(mixed[:48], of_blue[:48])
     assert np.array_equal(mixed[48:], of_red[48:])
-    assert HeatMap.subject(each, COLOURS) == "predicted"
+    assert HeatMap.subject(each, COLOURS) == "the prediction"
     assert HeatMap.subject(red, COLOURS) == "red"
 
 
@@ -431,7 +431,8 @@ def test_the_time_line_shows_the_curve_the_spans_and_the_seconds():
     times = np.arange(161) / 8
     found = HeatMap.Explanation(None, times, None, moments, scores, targets, spans, 8, {})
     picture = HeatMap.draw_time_line(1000, 20, found, COLOURS).astype(int)
-    assert picture.shape == (120, 1000, 3)
+    assert picture.shape == (160, 1000, 3)
+    picture = picture[40:]  # without the line for text
     # 60 rows from 100 to 0 %: 90 % at the left, 75 % at the right
     assert (picture[:60, 300] != 48).any(1).sum() == pytest.approx(54, abs=1)
     assert (picture[:60, 800] != 48).any(1).sum() == pytest.approx(45, abs=1)
