@@ -774,7 +774,8 @@ def explain_file(video, output, question, args):
     table = np.column_stack([found.moments, found.scores]).tolist()
     write_csv(windows, [("seconds", *classes[:-1]), *table])
     if args.no_heat:
-        picture = draw_time_line(1600, 24, found, drawable(classes))
+        width = int(np.clip(8 * found.times[-1], 1600, 30_000))
+        picture = draw_time_line(width, 24, found, drawable(classes))
         write(picture, [str(video)], 24)
         write_png(band, picture)
         return rows
