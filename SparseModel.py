@@ -395,7 +395,7 @@ def new_checkpoint(model, classes, size, clip_len, clip_fps):
         args: {flag of Trainer.py: value}
         model: state dict of the model, the very same tensors
     Trainer.py adds after an epoch:
-        metrics: dict of figures of the last epoch
+        metrics: dict of figures of the last epoch; HeatMap.py takes temperature and threshold
         confusion: int64 (true, predicted), counts of the videos in the best epoch
         optimizer, scaler: state dicts, in last.pt alone
         raw: as `model`, in last.pt alone: the weights to train on, where `model` is their average

@@ -702,8 +702,7 @@ def accuracies(logits, labels, videos, centred):
     videos, number = videos.unique(return_inverse=True)
     n_classes = logits.shape[1]
     scores = average(logits.softmax(1), number)
-    temperature = fit_temperature(logits, labels)
-    certainty = average((logits / temperature).softmax(1), number).amax(1)
+    calibration = calibrate(logits, labels, number)
     truth = torch.zeros(len(videos), dtype=torch.long).scatter(0, number, labels)
     hits = scores.topk(min(5, n_classes)).indices == truth[:, None]
     confusion = torch.bincount(truth * n_classes + scores.argmax(1), minlength=n_classes**2)
@@ -720,10 +719,15 @@ def accuracies(logits, labels, videos, centred):
         "val_video_top1": top1.mean(),
         "val_video_top5": top5.mean(),
         "val_video_mean_class": recall.nanmean(),
-        "temperature": temperature,
-        "threshold": certainty.quantile(0.05),
-    }
+    } | calibration
     return {name: value.item() for name, value in figures.items()}, confusion, scores
+
+
+def calibrate(logits, labels, number):
+    """{"temperature":, "threshold":} of `accuracies`; number: (clips,) of their videos, from 0."""
+    temperature = fit_temperature(logits, labels)
+    certainty = average((logits / temperature).softmax(1), number).amax(1)
+    return {"temperature": temperature, "threshold": certainty.quantile(0.05)}
 
 
 def average(rows, number):
@@ -768,7 +772,8 @@ def edit_score(truth, predicted):
         above = row
         row = [above[0] + 1]
         for i, other in enumerate(predicted):
-            row.append(min(above[i] + (label != other), above[i + 1] + 1, row[i] + 1))
+            changed = above[i] + (label != other)
+            row.append(min(changed, above[i + 1] + 1, row[i] + 1))
     return 1 - row[-1] / max(len(truth), len(predicted))
 
 

@@ -1,7 +1,7 @@
-"""What a network says of classes it was never taught, and how far its probabilities can be believed.
+"""What a network says of classes it was never taught, and how far it can be believed.
 
-    python HeatMap.py known   --checkpoint C --output ok --no-heat    # videos it was not trained on
-    python HeatMap.py unknown --checkpoint C --output ou --no-heat    # videos of none of its classes
+    python HeatMap.py known   --checkpoint C --output ok --no-heat   # not trained on
+    python HeatMap.py unknown --checkpoint C --output ou --no-heat   # none of its classes
     python tests/when.py C ok ou
 
 The true class of a known video is the name of its folder. Prints the share of the time that is
@@ -73,8 +73,10 @@ def main(checkpoint, known, unknown):
     raw /= raw.sum(1, keepdims=True)
     before, after = (calibration_error(p, truth) for p in (raw, scores))
     right = (scores.argmax(1) == truth).mean()
-    print(f"{len(truth)} windows, {right:.1%} right, mean probability {raw.max(1).mean():.1%} before")
-    print(f"{scores.max(1).mean():.1%} after; calibration error {before:.3f} before, {after:.3f} after")
+    print(
+        f"{len(truth)} windows, {right:.1%} right, mean probability {raw.max(1).mean():.1%} before"
+    )
+    print(f"{scores.max(1).mean():.1%} after; calibration error {before:.3f}, {after:.3f}")
 
 
 if __name__ == "__main__":
