@@ -6,18 +6,18 @@
     python HeatMap.py recordings --output results --no-heat                     # which when, alone
 
 Method. Windows of the checkpoint's clip length and rate slide over the video. y is the logit of the
-class, A_c (T', H', W') a channel of the output of a stage. Grad-CAM (Selvaraju et al., 2017,
-arXiv:1610.02391) is sum_c mean(dy/dA_c) A_c, HiResCAM (Draelos and Carin, 2020, arXiv:2011.08891)
-sum_c dy/dA_c * A_c, element by element. After global pooling and one linear layer the gradient at
+class, divided by the checkpoint's temperature (Guo et al., 2017, arXiv:1706.04599), A_c (T', H',
+W') a channel of the output of a stage. Grad-CAM (Selvaraju et al., 2017, arXiv:1610.02391) is
+sum_c mean(dy/dA_c) A_c, HiResCAM (Draelos and Carin, 2020, arXiv:2011.08891) sum_c dy/dA_c * A_c,
+element by element. After global pooling and one linear layer the gradient at
 the last stage is the same at every place, so there the two are equal by algebra; they differ at
 earlier stages: try features.4 (pretrained_resnet: features.layer3). What is drawn is the positive
 part. Without --target-class the class is, at each moment, that of the span it lies in.
 
 When. <output>_windows.csv holds the middle of each window in seconds and the probabilities of the
-classes, divided by the checkpoint's temperature (Guo et al., 2017, arXiv:1706.04599).
-<output>_spans.csv holds start, end, class and mean probability of the stretches that follow from
-them, see Dataset.find_spans; below the threshold that 95 % of the validation videos reach, a span
-is `unknown`. --no-heat writes these two and <output>_spans.png, and of several videos one table,
+classes, <output>_spans.csv start, end, class and mean probability of the stretches that follow from
+them: see Dataset.best_path. Below the threshold that 95 % of the validation videos reach, a span is
+`unknown`. --no-heat writes these two and <output>_spans.png, and of several videos one table,
 predictions.csv.
 
 --npy writes <output>.npz, all float32: times (N,) in seconds, and for each map, by its name, the
@@ -822,13 +822,13 @@ def main():
         try:
             rows = explain_file(video, result, question, args)
             table += [(video, *row) for row in rows]
+            if many:
+                write_csv(every, table)
         except (UserError, OSError) as error:
             if len(jobs) == 1:
                 raise
             sys.stderr.write(f"HeatMap.py: left out: {error}\n")
             left_out += 1
-    if many:
-        write_csv(every, table)
     if left_out:
         raise UserError(f"{left_out} of {len(jobs)} videos were left out, see above")
 
