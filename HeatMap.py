@@ -660,6 +660,8 @@ def parse_args():
     args.video += args.videos
     if not args.video:
         parser.error("which video? As in: python HeatMap.py clip.mp4")
+    if args.no_heat and (args.check or args.npy):
+        parser.error("--no-heat makes no maps for --check and --npy: leave it out")
     return args
 
 
@@ -750,6 +752,18 @@ def ask(args):
     return Question(model, clip, classes, layers, methods, target, stride, threshold)
 
 
+def write_tables(found, classes, spans, windows):
+    """Print the spans and write both tables; returns the rows of the first."""
+    rows = []
+    for start, end, label, probability in found.spans:
+        print(f"{clock(start)} to {clock(end)} {classes[label]} {probability:.0%}")
+        rows.append((start, end, classes[label], probability))
+    write_csv(spans, [("start", "end", "class", "probability"), *rows])
+    table = np.column_stack([found.moments, found.scores]).tolist()
+    write_csv(windows, [("seconds", *classes[:-1]), *table])
+    return rows
+
+
 def explain_file(video, output, question, args):
     """Explain one video and write the results; none of them if one exists and isn't `force`d.
 
@@ -766,13 +780,7 @@ def explain_file(video, output, question, args):
     model, clip, classes = question.model, question.clip, question.classes
     found = (predict_video if args.no_heat else explain_video)(video, question)
     print(f"{video}: {len(found.scores)} windows")
-    rows = []
-    for start, end, label, probability in found.spans:
-        print(f"{clock(start)} to {clock(end)} {classes[label]} {probability:.0%}")
-        rows.append((start, end, classes[label], probability))
-    write_csv(spans, [("start", "end", "class", "probability"), *rows])
-    table = np.column_stack([found.moments, found.scores]).tolist()
-    write_csv(windows, [("seconds", *classes[:-1]), *table])
+    rows = write_tables(found, classes, spans, windows)
     if args.no_heat:
         width = int(np.clip(8 * found.times[-1], 1600, 30_000))
         picture = draw_time_line(width, 24, found, drawable(classes))

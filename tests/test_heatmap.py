@@ -920,6 +920,7 @@ def damaged(folder, checkpoints, kind):
         ("--video", "nothing", ["nothing"]),  # a folder without videos
         ("--video", "photo.JPG", ["photo.JPG is a picture: a heat-map takes a video"]),
         ("--stride", "17", ["--stride 17", "16"]),
+        ("--no-heat", "True", ["--no-heat makes no maps"]),
         ("--stride", "0", ["--stride 0"]),
         ("--output", "out.xyz", ["out.xyz", ".webm", ".mp4"]),
         ("--output", "missing/out.mp4", ["missing"]),
@@ -943,7 +944,7 @@ def test_error_is_one_sentence_and_leaves_nothing_behind(
         value = damaged(tmp_path, checkpoints, value)
     args[flag] = tmp_path / value if flag in ("--video", "--output") else value
     before = {p: p.stat().st_size for p in tmp_path.rglob("*")}
-    code, _, stderr = heatmap(*(f"{k}={v}" for k, v in args.items()))
+    code, _, stderr = heatmap(*(f"{k}={v}" for k, v in args.items()), "--npy")
     assert code == 2, stderr
     assert len(stderr.splitlines()) == 1, stderr
     assert "Traceback" not in stderr
