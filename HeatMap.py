@@ -84,7 +84,13 @@ from Dataset import (
     write_png,
     write_video,
 )
-from SparseModel import build_model, fold_batch_norm, load_checkpoint, pick_device
+from SparseModel import (
+    build_model,
+    fold_batch_norm,
+    keep_freed_memory,
+    load_checkpoint,
+    pick_device,
+)
 
 METHODS = ["gradcam", "hirescam"]
 SHARES = (0.05, 0.1, 0.2, 0.4)  # of the space-time volume, in deletion and insertion
@@ -814,6 +820,7 @@ def explain_file(video, output, question, args):
 
 def main():
     args = parse_args()
+    keep_freed_memory()
     output = args.output or Path()
     end = "" if args.no_heat else f"_{args.method.replace(',', '_')}"
     jobs = find_jobs(args.video, output, end)

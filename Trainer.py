@@ -13,7 +13,6 @@ metrics.csv and the confusion matrix. On a CPU a smaller --size, as 72x96, saves
 
 import argparse
 import copy
-import ctypes
 import itertools
 import math
 import os
@@ -64,6 +63,7 @@ from SparseModel import (
     MODES,
     build_model,
     fold_batch_norm,
+    keep_freed_memory,
     load_checkpoint,
     load_weights,
     new_checkpoint,
@@ -321,18 +321,6 @@ def free_memory():
     except (OSError, ValueError):  # no container, or one without a limit
         return free
     return max(0, min(free, limit - used))
-
-
-def keep_freed_memory():
-    """Let this process keep freed memory for its next tensors, on Linux; it needs a quarter more.
-
-    glibc gives blocks over 32 MB back to the system at once, and a training step on the CPU then
-    spends up to half its time on getting them back zeroed (measured: 1.1 to 0.6 s per clip).
-    """
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
 def pick_micro_batch(args, model, processes):

@@ -869,3 +869,51 @@ def test_convolutions_of_one_clip_or_on_one_thread_equal_the_library(
     out = ours(clip)
     in_order = torch.empty(out.shape, memory_format=torch.channels_last_3d)
     assert out.stride() == in_order.stride()
+
+
+# --------------------------------------------------------------------------------- fused inference
+
+
+def plain_logits(name, clips):
+    """Logits in double precision of the network as it was trained, by the library alone."""
+    with torch.no_grad():
+        return lively(name).double()(clips.double())
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "threads"),
+    [("mobilenet_v2_3d", 1, 1), ("mobilenet_v2_3d", 3, 2), ("pretrained_resnet", 2, 2)],
+    indirect=["threads"],
+)
+def test_a_folded_network_gives_the_logits_of_the_network(name, batch, threads):
+    clips = torch.randn(batch, 3, 4, 48, 32, generator=torch.Generator().manual_seed(0))
+    folded = module.fold_batch_norm(lively(name))
+    with torch.no_grad():
+        assert relative(folded(clips), plain_logits(name, clips)) < 1e-5
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_inference_is_fused_where_onednn_is_there_and_no_gradient_is_asked_for(monkeypatch, there):
+    seen = []
+    folded = module.fold_batch_norm(lively("mobilenet_v2_3d"))
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: there)
+    monkeypatch.setattr(nn.ReLU6, "forward", lambda self, x: seen.append(x) or F.relu6(x))
+    clips = torch.randn(1, 3, 8, 64, 48)
+    with torch.no_grad():
+        logits = folded(clips)
+    assert bool(seen) != there
+    seen.clear()
+    with torch.enable_grad():
+        again = folded(clips)
+    assert seen
+    torch.testing.assert_close(again, logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"padding_mode": "circular", "padding": 1}, {"padding": "same"}]
+)
+def test_what_onednn_cannot_fuse_is_left_to_the_library(kwargs):
+    block = nn.Sequential(nn.Conv3d(3, 4, 3, **kwargs), nn.BatchNorm3d(4), nn.ReLU()).eval()
+    clips = torch.randn(1, 3, 4, 6, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(module.fold_batch_norm(block)(clips), block(clips))
