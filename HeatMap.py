@@ -498,14 +498,18 @@ def tile(pictures, columns):
     return sheet.reshape(rows * height, columns * width, 3)
 
 
-def arrange(n, height, width):
-    """(columns, height, width) of n panels: up to two at full size, more within 1920x1080."""
+def arrange(n, height, width, small=False):
+    """(columns, height, width) of n panels: up to two at full size, more within 1920x1080.
+
+    If `small`, all within 1280x720.
+    """
     # about twice as wide as high, for which a screen has room above the band
     columns = min(n, math.ceil(math.sqrt(2 * n * height / width)))
     rows = math.ceil(n / columns)
+    screen = (1280, 720) if small else (1920, 1080)
     scale = 1
-    if n > 2:
-        scale = min(1, 1920 / (columns * width), 1080 / (rows * height))
+    if n > 2 or small:
+        scale = min(1, screen[0] / (columns * width), screen[1] / (rows * height))
     return columns, round(scale * height), round(scale * width)
 
 
@@ -579,13 +583,13 @@ def draw_heat(source, heat, size):
     return panel
 
 
-def draw(video, found, size, classes):
+def draw(video, found, size, classes, small=False):
     """Yield (time in s, picture to write, panels) for every frame of a video, a VideoReader.
 
-    panels: [source, its heat for each map], uint8 BGR of one size. size: (W, H) of the clips. One
-    scale, that of its largest value, holds for a map over the whole video.
+    panels: [source, its heat for each map], uint8 BGR of one size. size: (W, H) of the clips. small:
+    as in `arrange`. One scale, that of its largest value, holds for a map over the whole video.
     """
-    columns, height, width = arrange(1 + len(found.maps), *found.shape)
+    columns, height, width = arrange(1 + len(found.maps), *found.shape, small)
     letters = int(min(max(height / 30, 10), 40))
     time_line = draw_time_line(columns * width, letters, found, classes)
     lines = [f"predicted: {classes[span.label]} {span.probability:.0%}" for span in found.spans]
@@ -616,10 +620,12 @@ def draw(video, found, size, classes):
         yield video.time, picture, panels
 
 
-def render(path, output, found, size, classes):
+def render(path, output, found, size, classes, full=False):
     """Write the video with its heat, encoded beside the drawing, and a film strip of it as PNG."""
     video = open_video(path)
-    drawings = ahead(draw(video, found, size, classes))
+    # OpenCV encodes VP8 in one thread, at full size slower than a video of 720p plays
+    small = output.suffix.lower() == ".webm" and not full
+    drawings = ahead(draw(video, found, size, classes, small))
     moments = []
 
     def pictures():
@@ -658,6 +664,7 @@ def parse_args():
     add("--layer", default="last", help="stages of the network with commas, last, or all")
     add("--stride", type=int, help="frames from window to window; None: half a clip")
     add("--output", type=Path, help=".webm (for browsers), .mp4, or a folder; None: here")
+    add("--full-size", **switch, help="a large .webm: slow; else within 1280x720")
     add("--force", **switch, help="overwrite results that exist")
     add("--npy", **switch, help="write the maps as numbers to <output>.npz, too")
     add("--check", **switch, help="test whether to believe the maps")
@@ -797,7 +804,7 @@ def explain_file(video, output, question, args):
     # where it looked
     name = subject(found, classes)
     print(*ranges(found, name), sep="\n")
-    render(video, output, found, clip.size, drawable(classes))
+    render(video, output, found, clip.size, drawable(classes), args.full_size)
     if args.npy:
         maps = {f"{row} {name}": maps for row, maps in found.maps.items()}
         with replacing(heat[1]) as part:

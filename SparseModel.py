@@ -73,6 +73,12 @@ class ConvBNReLU6(nn.Sequential):
             nn.ReLU6(inplace=True),
         )
 
+    def forward(self, x):
+        conv, norm, _ = self
+        if isinstance(norm, nn.Identity) and is_plain_inference(x):
+            return conv_relu6(x, conv)
+        return super().forward(x)
+
 
 class InvertedResidual3d(nn.Module):
     """Expand 1x1x1 -> depthwise 3x3x3 -> project 1x1x1 without activation (linear bottleneck).
@@ -241,8 +247,8 @@ def build_model(name, num_classes, mode="standard", width_mult=1.0):
 def fold_batch_norm(model):
     """A copy of a trained model in eval mode; its batch norms are part of the convolutions before.
 
-    Same stages, same outputs up to rounding, for inference only. On the CPU a convolution and the
-    activation after it are one pass over memory, where no gradient is asked for.
+    Same stages, same outputs up to rounding, for inference only. On the CPU a ConvBNReLU6 is then
+    one pass over memory, where no gradient is asked for.
     """
     model = copy.deepcopy(model).eval()
     for block in model.modules():
@@ -250,10 +256,7 @@ def fold_batch_norm(model):
             continue
         for i, (conv, norm) in enumerate(pairwise(block)):
             if isinstance(conv, nn.Conv3d) and isinstance(norm, nn.BatchNorm3d):
-                block[i] = FusedConv3d(fuse_conv_bn_eval(conv, norm))
-                block[i + 1] = nn.Identity()
-            elif isinstance(block[i - 1], FusedConv3d) and type(norm) in ACTIVATIONS:
-                block[i - 1].activation = norm
+                block[i] = fuse_conv_bn_eval(conv, norm)
                 block[i + 1] = nn.Identity()
     return model.to(memory_format=torch.channels_last_3d)
 
@@ -597,33 +600,18 @@ def stack_frames(clips):
     return clips.permute(0, 2, 3, 4, 1).flatten(0, 1).permute(0, 3, 1, 2)
 
 
-# what oneDNN can do to the sums of a convolution before it writes them: name, numbers, way
-ACTIVATIONS = {
-    nn.Identity: ("none", [], ""),
-    nn.ReLU: ("relu", [], ""),
-    nn.ReLU6: ("hardtanh", [0.0, 6.0], ""),
-}
+def is_plain_inference(x):
+    """Whether no gradient is asked for, and oneDNN can compute with x, a float32 on the CPU."""
+    if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32:
+        return False
+    return torch.backends.mkldnn.is_available()
 
 
-class FusedConv3d(nn.Module):
-    """A convolution and the activation after it, by oneDNN in one pass over memory.
+def conv_relu6(x, conv):
+    """ReLU6 of the convolution in one pass over memory, by oneDNN as torch.compile would call it.
 
-    That has no gradient: where one is asked for, and for other devices and types, the library
-    does one after the other.
+    It has no gradient.
     """
-
-    def __init__(self, conv):
-        super().__init__()
-        self.conv = conv
-        self.activation = nn.Identity()
-
-    def forward(self, x):
-        conv = self.conv
-        can = torch.backends.mkldnn.is_available() and x.dtype == torch.float32
-        padded = conv.padding_mode == "zeros" and conv.padding != "same"
-        if torch.is_grad_enabled() or x.device.type != "cpu" or not (can and padded):
-            return self.activation(conv(x))
-        geometry = conv.padding, conv.stride, conv.dilation, conv.groups
-        after = ACTIVATIONS[type(self.activation)]
-        fused = torch.ops.mkldnn._convolution_pointwise
-        return fused(x, conv.weight, conv.bias, *geometry, *after)
+    geometry = conv.padding, conv.stride, conv.dilation, conv.groups
+    fused = torch.ops.mkldnn._convolution_pointwise
+    return fused(x, conv.weight, conv.bias, *geometry, "hardtanh", [0.0, 6.0], "")

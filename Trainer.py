@@ -1103,12 +1103,14 @@ def try_out(model, data, criterion, optimizer, args, processes):
 
     # one step
     batch = collate(samples[:4])
+    bar = progress("one step, seen twice", 2 * len(batch.clips), processes)
     losses = []
     for _ in range(2):
         torch.manual_seed(args.seed)  # the same dropout
-        sums = gradients(model, batch, criterion, args, 0.25)
+        sums = gradients(model, batch, criterion, args, 0.25, bar)
         losses.append(sums[0] / sums[2])
         apply_gradients(model, optimizer, learning_rate(0, 100, args))
+    bar.close()
     before, after = losses
     if after >= before:
         raise UserError(f"the loss rose from {before:.3f} to {after:.3f} in one step: lower --lr")

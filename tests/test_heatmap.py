@@ -579,6 +579,28 @@ def test_many_pictures_fit_a_screen(shape):
     assert h / w == pytest.approx(shape[0] / shape[1], rel=0.05)
 
 
+@pytest.mark.parametrize("shape", [(400, 300), (720, 1280), (1920, 1080)])
+def test_small_pictures_fit_a_screen_of_1280x720_and_none_is_enlarged(shape):
+    columns, h, w = HeatMap.arrange(2, *shape, small=True)
+    assert columns * w <= 1280
+    assert h <= min(720, shape[0])
+    assert h / w == pytest.approx(shape[0] / shape[1], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "full", "sides"),
+    [("o.webm", False, (640, 320)), ("o.webm", True, (800, 400)), ("o.mp4", False, (800, 400))],
+)
+def test_a_large_webm_is_written_small_unless_full_size_is_asked_for(tmp_path, name, full, sides):
+    path = tmp_path / "large.avi"
+    write_video(path, np.full((12, 400, 800, 3), 150, np.uint8), 16, "MJPG")
+    found = find_blue(path)
+    render(path, tmp_path / name, found, SEES.size, ["b", "r"], full)
+    picture = read_video(tmp_path / name)[0][0]
+    assert picture.shape[1] == 2 * sides[0]
+    assert cv2.imread(str(tmp_path / "o.png")) is not None
+
+
 def read_video(path):
     video, frames = cv2.VideoCapture(str(path)), []
     fps = video.get(cv2.CAP_PROP_FPS)
