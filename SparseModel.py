@@ -568,24 +568,19 @@ class DepthwiseConv3d(torch.autograd.Function):
             grad_x = torch.empty_like(x)
         # stride, padding, dilation, transposed, output padding, groups
         settings = stride, [1, 1], [1, 1], False, [0, 0], len(weight)
-        # The frames of one clip are a view. Small maps are copied together: many calls would cost
-        # more than the copy.
-        n = 1 if x[0].numel() > 500_000 else len(x)
-        for i in range(0, len(x), n):
+        for i in range(len(x)):  # the frames of one clip are a view
             # tap, the first frame of the input that it meets, and that of the output
             for tap, first, reached in ((1, 0, 0), (2, 1, 0), (0, step - 1, 1)):
-                inputs = x[i : i + n, :, first::step]
-                outputs = grad[i : i + n, :, reached:]
-                t = min(inputs.shape[2], outputs.shape[2])
-                pairs = stack_frames(outputs[:, :, :t]), stack_frames(inputs[:, :, :t])
+                inputs = x[i, :, first::step].transpose(0, 1)
+                outputs = grad[i, :, reached:].transpose(0, 1)
+                t = min(len(inputs), len(outputs))
                 frames_grad, tap_grad, _ = torch.ops.aten.convolution_backward(
-                    *pairs, weight[:, :, tap], None, *settings, wanted
+                    outputs[:t], inputs[:t], weight[:, :, tap], None, *settings, wanted
                 )
                 if tap_grad is not None:
                     grad_weight[:, :, tap] += tap_grad
                 if frames_grad is not None:
-                    place = grad_x[i : i + n, :, first::step][:, :, :t]
-                    frames_grad = frames_grad.unflatten(0, (len(inputs), t)).transpose(1, 2)
+                    place = grad_x[i, :, first::step].transpose(0, 1)[:t]
                     # Tap 1 is the first at each frame; with stride 2 only at the even ones, and
                     # tap 2 is the first at the odd ones.
                     if tap in (1, step):
@@ -593,11 +588,6 @@ class DepthwiseConv3d(torch.autograd.Function):
                     else:
                         place.add_(frames_grad)
         return grad_x, grad_weight, None
-
-
-def stack_frames(clips):
-    """(B, C, T, H, W) -> (B T, C, H, W); of a single clip in channels_last_3d it is a view."""
-    return clips.permute(0, 2, 3, 4, 1).flatten(0, 1).permute(0, 3, 1, 2)
 
 
 def is_plain_inference(x):
