@@ -586,8 +586,8 @@ def draw_heat(source, heat, size):
 def draw(video, found, size, classes, small=False):
     """Yield (time in s, picture to write, panels) for every frame of a video, a VideoReader.
 
-    panels: [source, its heat for each map], uint8 BGR of one size. size: (W, H) of the clips. small:
-    as in `arrange`. One scale, that of its largest value, holds for a map over the whole video.
+    panels: [source, its heat for each map], uint8 BGR of one size. size: (W, H) of the clips.
+    small: as in `arrange`. One scale, that of its largest value, holds for a map over the video.
     """
     columns, height, width = arrange(1 + len(found.maps), *found.shape, small)
     letters = int(min(max(height / 30, 10), 40))
