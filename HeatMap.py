@@ -795,7 +795,7 @@ def explain_file(video, output, question, args):
     print(f"{video}: {len(found.scores)} windows")
     rows = write_tables(found, classes, spans, windows)
     if args.no_heat:
-        width = int(np.clip(8 * found.times[-1], 1600, 30_000))
+        width = int(np.clip(20 * found.times[-1], 1600, 30_000))
         picture = draw_time_line(width, 24, found, drawable(classes))
         write(picture, [str(video)], 24)
         write_png(band, picture)
