@@ -3,6 +3,7 @@
 Run by hand; pytest does not. The figures go to tests/RESULTS.md.
 
     python tests/benchmark.py model      # training step and inference; about 10 minutes
+    python tests/benchmark.py runtimes   # inference beside OpenVINO and ONNX Runtime
     python tests/benchmark.py motion     # a checkpoint on still and on shuffled clips of the demo
     python tests/benchmark.py peers      # a checkpoint beside simpler ways, on --data
     python tests/benchmark.py loader     # clips per second, beside other decoders; about 3 minutes
@@ -178,6 +179,62 @@ def compare(what, case, times):
     name = f"{what}, {case.height}x{case.width}, {case.mode}, {case.batch}"
     cells = [spread(spent, case.batch) for spent in times.values()]
     row(name, *cells, ratio(times["plain"], times["ours"]))
+
+
+# -------------------------------------------------------------------------------------- runtimes
+
+
+class Logits(nn.Module):
+    """The network without the checks of its forward, for export."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, clips):
+        return self.net.head(self.net.features(clips))
+
+
+def other_runtimes(net, clips, folder):
+    """{name: function without arguments -> logits} of OpenVINO and ONNX Runtime, in float32."""
+    openvino = importlib.import_module("openvino")
+    onnxruntime = importlib.import_module("onnxruntime")
+    file = str(Path(folder, "net.onnx"))
+    torch.onnx.export(Logits(net).eval(), (clips,), file, verbose=False)
+    threads = torch.get_num_threads()
+    hints = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+    request = openvino.Core().compile_model(file, "CPU", hints).create_infer_request()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    images = clips.numpy()
+    name = session.get_inputs()[0].name
+    return {
+        "OpenVINO": lambda: request.infer([images])[0],
+        "ONNX Runtime": lambda: session.run(None, {name: images})[0],
+    }
+
+
+def runtimes(args):
+    """Seconds per clip of inference by processor time, beside runtimes made for it."""
+    keep_freed_memory()
+    print(f"{torch.get_num_threads()} threads, n = {args.rounds}, processor time")
+    table("16 frames, HxW, batch", "ours", "OpenVINO", "ONNX Runtime", "largest difference")
+    for (height, width), batch in product([(400, 300), (128, 128)], [1, 4]):
+        clips = torch.randn(batch, 3, 16, height, width)
+        usual = plain().eval().requires_grad_(False)
+        ours = build_model("mobilenet_v2_3d", 17).eval()
+        ours.load_state_dict(usual.state_dict())
+        ours = fold_batch_norm(ours)
+        with tempfile.TemporaryDirectory() as folder:
+            others = other_runtimes(usual, clips, folder)
+        calls = {"ours": partial(infer, ours, clips)} | others
+        times = in_turn(calls, args.rounds, clock=time.process_time)
+        with torch.inference_mode():
+            expected = ours(clips)
+        differences = [abs(expected - torch.from_numpy(call())).max() for call in others.values()]
+        cells = [spread(spent, batch) for spent in times.values()]
+        row(f"{height}x{width}, {batch}", *cells, f"{max(differences):.1e}")
 
 
 # ---------------------------------------------------------------------------------------- motion
@@ -667,6 +724,7 @@ def show_evidence(found):
 
 COMMANDS = {
     "model": model,
+    "runtimes": runtimes,
     "motion": motion,
     "peers": peers,
     "loader": loader,
