@@ -35,6 +35,7 @@ from functools import lru_cache
 from itertools import pairwise, product
 from pathlib import Path
 from threading import Lock
+from time import sleep
 
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # a broken file is reported once, by us
 
@@ -106,6 +107,15 @@ def between(low, high=10**6, kind=int):
     return number
 
 
+def put_in_place(part, path):
+    """Rename; on Windows a scanner or a table that is open may forbid it for some seconds."""
+    for seconds in (0.1, 0.4, 1.5, 3):
+        with suppress(PermissionError):
+            return part.replace(path)
+        sleep(seconds)
+    part.replace(path)
+
+
 @contextmanager
 def replacing(path):
     """Yields a path beside `path`; what the block writes there takes the place of `path` whole.
@@ -119,7 +129,7 @@ def replacing(path):
         yield part
         with open(part, "rb+") as file:
             os.fsync(file)
-        part.replace(path)
+        put_in_place(part, path)
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         if isinstance(error, RuntimeError):
@@ -128,6 +138,18 @@ def replacing(path):
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def cores():
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def share_of_node(world):
+    """How many of the processes, `world` in all, share this machine and its memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world))
 
 
 def nfc(name):
@@ -710,7 +732,7 @@ class ExerciseVideoDataset(Dataset):
         if isinstance(i, tuple):
             i, seed = i
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
+                torch.default_generator.manual_seed(seed)  # not that of a GPU, too
                 return self[i]
         number, grid, centred = self.items[i]
         segment = self.segments[number]
@@ -1052,7 +1074,7 @@ def split_to_evaluate(videos, root, trained, notes):
     """The videos that were not trained on: all if none was, else those of test, or val and new."""
     new = []
     for video in videos:
-        size = trained.videos.get(str(video.path.relative_to(root)), -1)
+        size = trained.videos.get(video.path.relative_to(root).as_posix(), -1)
         if size is not None and size != video.path.stat().st_size:
             new.append(video)
     if len(new) == len(videos):
@@ -1148,7 +1170,7 @@ def check_files(paths, quiet):
         except (UserError, OSError) as error:
             bad[path] = str(error)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(min(8, cores())) as pool:
         jobs = pool.map(check, paths)
         list(tqdm(jobs, "checking videos", len(paths), unit="file", disable=quiet))
     if len(known) > before:
@@ -1317,12 +1339,12 @@ class ExerciseVideoDataModule:
 
         # data sets
         paths = {segment.path for segment in segments}
-        self.sizes = {str(p.relative_to(self.data)): p.stat().st_size for p in sorted(paths)}
+        self.sizes = {p.relative_to(self.data).as_posix(): p.stat().st_size for p in sorted(paths)}
         self.train_set = self.data_set(segments, "train")
         self.val_set = self.data_set(segments, "val")
         self.test_set = self.data_set(segments, "test")
         if not self.trained:
-            budget = int(1e9 * self.cache_gb) // self.world
+            budget = int(1e9 * self.cache_gb) // share_of_node(self.world)
             self.train_set.keep_in_memory(budget - self.val_set.keep_in_memory(budget))
 
     def draw_parts(self, videos, probes):
@@ -1762,6 +1784,6 @@ def render_demo(root, seed=0, train_people=16, val_people=6):
         write_video(path, frames, 30)
 
     tasks = list(product(range(train_people + val_people), DEMO_EXERCISES))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads do: OpenCV frees Python's lock
+    with ThreadPoolExecutor(min(8, cores())) as pool:  # threads do: OpenCV frees Python's lock
         list(tqdm(pool.map(write, tasks), "rendering the demo data", len(tasks), unit="video"))
     partial.rename(root)

@@ -67,6 +67,7 @@ from Dataset import (
     VideoReader,
     best_path,
     boolean,
+    cores,
     drawable,
     film,
     find_spans,
@@ -242,12 +243,15 @@ def read_windows(video, clip, stride):
 
 def open_video(path):
     """A VideoReader that decodes on all cores."""
-    return VideoReader(path, threads=os.cpu_count())
+    return VideoReader(path, threads=min(8, cores()))  # more are slower: 64 need 4 times as long
 
 
 def clips_at_once(shape, device):
-    """How many clips of (T, H, W) to compute together: of 16x400x300 one, on a GPU eight."""
-    values = 2_000_000 if device.type == "cpu" else 16_000_000
+    """How many clips of (T, H, W) to compute together: of 16x400x300 one, on a GPU two.
+
+    That keeps --layer all within 4 GB.
+    """
+    values = 2_000_000 if device.type == "cpu" else 4_000_000
     return max(1, values // math.prod(shape))
 
 
@@ -319,7 +323,7 @@ def explain_video(path, question):
 def shrink(maps):
     """Maps (B, T', H', W') on the CPU; sides over 64 cells, of early stages, are averaged down."""
     sides = [min(side, 64) for side in maps.shape[2:]]
-    return F.adaptive_avg_pool2d(maps, sides).cpu()
+    return F.adaptive_avg_pool2d(maps.cpu(), sides)  # mps lacks odd ratios
 
 
 def stretch(maps, shape):
@@ -375,7 +379,7 @@ def occlude(model, clip, heat, target):
 
     clip: float32 (3, T, H, W), normalised; heat: (T, H, W).
     """
-    fields = F.adaptive_avg_pool2d(clip.mean(1), 4)[None]
+    fields = F.adaptive_avg_pool2d(clip.mean(1).cpu(), 4)[None].to(clip.device)
     blurred = F.interpolate(fields, clip.shape[2:], mode="bilinear")[0][:, None]
     order = heat.flatten().argsort(descending=True)
     hot = torch.zeros_like(heat, dtype=torch.bool)
@@ -408,7 +412,7 @@ def renewed(model, clips, keep):
 
 def correlation(a, b):
     """Pearson correlation of what is drawn, the positive parts; nan if the first is blank."""
-    drawn = torch.stack([a, b]).double().relu().flatten(1)
+    drawn = torch.stack([a, b]).cpu().double().relu().flatten(1)
     if not drawn[0].any():
         return math.nan
     return float(torch.corrcoef(drawn)[0, 1].nan_to_num())
@@ -436,7 +440,7 @@ def check(model, clips, layers, methods, target):
     ours = maps_of(model)
     n = len(model.features)
     lines = []
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # all draws are on the CPU
         torch.manual_seed(0)
         for keep in tqdm((n, 2 * n // 3, n // 3, 0), "check: new weights", leave=False):
             draws = [maps_of(renewed(model, clips, keep)) for _ in range(DRAWS)]
@@ -668,7 +672,7 @@ def parse_args():
     add("--force", **switch, help="overwrite results that exist")
     add("--npy", **switch, help="write the maps as numbers to <output>.npz, too")
     add("--check", **switch, help="test whether to believe the maps")
-    add("--device", default="auto", help="cuda, mps or cpu; auto: the first that is there")
+    add("--device", default="auto", help="cuda, mps or cpu; auto: cuda or cpu")
     args = parser.parse_args()
     args.video += args.videos
     if not args.video:

@@ -262,12 +262,13 @@ def fold_batch_norm(model):
 
 
 def pick_device(name):
-    """The torch.device called `name`; "auto" for the GPU (CUDA, Apple's mps), else the CPU.
+    """The torch.device called `name`; "auto" for CUDA where there is one, else the CPU.
 
-    Raises ValueError if it can't be used.
+    Apple's mps must be asked for: several of its kernels for 3D convolutions gave wrong numbers
+    without a word (pytorch#197114, #188335). Raises ValueError if the device can't be used.
     """
     if name == "auto":
-        name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -457,11 +458,12 @@ def keep_freed_memory():
     """Let this process keep freed memory for its next tensors, on Linux; it needs a quarter more.
 
     glibc gives blocks over 32 MB back to the system at once, and a training step or an inference on
-    the CPU then spends up to half its time on getting them back zeroed.
+    the CPU then spends up to half its time on getting them back zeroed. A higher threshold would
+    do, but glibc before 2.35 refuses it, and the second setting alone makes it slower.
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
@@ -512,6 +514,8 @@ class FastConv3d(nn.Conv3d):
 
     def forward(self, x):
         if x.device.type != "cpu" or x.ndim != 5:
+            return super().forward(x)
+        if not torch.backends.mkldnn.is_available():  # macOS: there the library's own is faster
             return super().forward(x)
         if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
             return super().forward(x)

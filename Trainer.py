@@ -23,7 +23,8 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 
 import cv2
@@ -47,6 +48,7 @@ from Dataset import (
     bgr,
     boolean,
     collate,
+    cores,
     drawable,
     film,
     nfc,
@@ -54,6 +56,7 @@ from Dataset import (
     replacing,
     run_script,
     runs,
+    share_of_node,
     write_csv,
     write_png,
 )
@@ -131,8 +134,9 @@ def add_data_flags(add):
         "--clip-fps", type=between(0.1, kind=float), default=8.0, help="frames per second of a clip"
     )
     add("--background-ratio", type=SHARE, default=0.3, help="recordings: no_exercise kept")
-    cores = os.cpu_count()
-    add("--workers", type=NUMBER, default=min(4, cores), help="loader processes; debug: 0")
+    # where they are not forked each needs 5 s and 370 MB to begin
+    most = 16 if sys.platform == "linux" else 2
+    add("--workers", type=NUMBER, default=min(most, cores()), help="loader processes; debug: 0")
     add("--cache-gb", type=REAL, default=tenth, help="RAM for decoded frames; 0 in debug mode")
 
 
@@ -170,8 +174,8 @@ def add_training_flags(add):
     add("--weight-decay", type=REAL, default=0.02, help="on convolutions and the last layer")
     add("--warmup", type=REAL, default=3.0, help="epochs to the peak, then a cosine to 1 %% of it")
     add("--class-weights", type=str, choices=("off", "inverse"), default="off", help="in the loss")
-    add("--amp", **SWITCH, default=True, help="bfloat16 on CUDA")
-    add("--device", type=str, default="auto", help="cuda, cuda:1, mps, cpu; auto: the first there")
+    add("--amp", **SWITCH, default=True, help="bfloat16 on CUDA cards that have it")
+    add("--device", type=str, default="auto", help="cuda, cuda:1, mps, cpu; auto: cuda or cpu")
     add(
         "--seed",
         type=between(0, 10**12),
@@ -195,6 +199,7 @@ def parse_args(argv=None, saved=None):
     add_training_flags(parser.add_argument_group("training").add_argument)
     args = parser.parse_args(argv, argparse.Namespace(**saved or {}))
     args.command = shlex.join(sys.argv[1:] if argv is None else argv)
+    args.on_gpu = args.device != "cpu" and torch.cuda.is_available()
     if args.debug:
         vars(args).update(epochs=1, workers=0, cache_gb=0.0, resume=False)
         args.checkpoint_dir = Path("debug_output")
@@ -215,6 +220,8 @@ def settings(argv):
         model, checkpoint = load_checkpoint(source(args))
     saved = remembered(checkpoint["args"])
     saved["size"] = tuple(checkpoint["size"])
+    if args.evaluate or saved.get("on_gpu", args.on_gpu) != args.on_gpu:
+        saved.pop("micro_batch", None)  # another kind of device has other memory
     args = parse_args(argv, saved)
     for name in fixed(args):
         setattr(args, name, saved[name])
@@ -264,13 +271,17 @@ class Processes:
     def __init__(self, device):
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if self.world > 1:
-            local_rank = int(os.environ["LOCAL_RANK"])
-            if local_rank < torch.cuda.device_count():
-                torch.cuda.set_device(local_rank)
-            dist.init_process_group()
-        with user_errors():
+            if self.local_rank < torch.cuda.device_count():
+                torch.cuda.set_device(self.local_rank)
+            # Windows has no nccl; the first check of the data may last for hours
+            backend = None if dist.is_nccl_available() else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(hours=3))
+        with self.together(), user_errors():
             self.device = pick_device(device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
 
     def say(self, text):
         """Print, once for all processes."""
@@ -279,12 +290,39 @@ class Processes:
 
     @contextmanager
     def first(self):
-        """Process 0 goes through the block before the others, which find what it made."""
-        if self.rank > 0:
-            dist.barrier()
-        yield
-        if self.rank == 0 and self.world > 1:
-            dist.barrier()
+        """One process per machine goes through the block before the others, which find its files.
+
+        A UserError of one ends all of them: nobody waits for it.
+        """
+        with self.together():
+            if self.local_rank > 0:
+                dist.barrier()
+            try:
+                yield
+            finally:
+                if self.local_rank == 0 and self.world > 1:
+                    dist.barrier()
+
+    @contextmanager
+    def together(self):
+        """A UserError of one process in the block becomes that of all."""
+        errors = []
+        try:
+            yield
+        except UserError as error:
+            errors.append(str(error))
+        errors = self.gather(errors)
+        if errors:
+            raise UserError(errors[0])
+
+    def agree(self, **facts):
+        """UserError if a fact is not the same in all processes."""
+        for name, value in facts.items():
+            values = self.gather([value])
+            if values.count(values[0]) < self.world:
+                raise UserError(
+                    f"the processes differ in their {name}: give all machines the same files"
+                )
 
     def add_up(self, tensors):
         """Each tensor becomes, in place, the sum of those of all processes."""
@@ -309,29 +347,42 @@ class Processes:
 
 
 def free_memory():
-    """Bytes of RAM that can be taken, on Linux at most what a container's limit leaves."""
-    try:
+    """Bytes of RAM that can be taken, on Linux at most what a container or a cluster allows."""
+    # Windows and macOS: no figure without a further package; WSL 1: none at all
+    free = [8e9]
+    groups = []
+    with suppress(OSError, TypeError):
         meminfo = Path("/proc/meminfo").read_text()
-    except OSError:
-        return 8e9  # Windows and macOS: no figure without a further package
-    free = 1024 * int(re.search(r"MemAvailable: +(\d+)", meminfo)[1])
-    try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):  # no container, or one without a limit
-        return free
-    return max(0, min(free, limit - used))
+        free = [1024 * int(re.search(r"MemAvailable: +(\d+)", meminfo)[1])]
+    with suppress(OSError):
+        groups = Path("/proc/self/cgroup").read_text().splitlines()
+    for group in groups:
+        _, kind, name = group.split(":", 2)  # v2 has no kind; every group above has its own limit
+        own = Path("/sys/fs/cgroup", kind, name.strip("/"))
+        free += map(group_leaves, (own, *own.parents))
+    return max(0, min(free))
+
+
+def group_leaves(folder):
+    """Bytes that the limit of a cgroup (v2, or v1) leaves; the cache of files is given back."""
+    for names in ("memory.max memory.current", "memory.limit_in_bytes memory.usage_in_bytes"):
+        with suppress(OSError, ValueError):  # no such group, or no limit
+            limit, used = [int((folder / name).read_text()) for name in names.split()]
+            stat = (folder / "memory.stat").read_text()
+            cache = re.findall(r"inactive_file (\d+)", stat)[-1:]  # in v1 the last is the total
+            return limit - used + sum(map(int, cache))
+    return math.inf
 
 
 def pick_micro_batch(args, model, processes):
     """A GPU takes its share of the batch whole, a CPU what fits 5 GB or half of the free RAM."""
     share = math.ceil(args.batch_size / processes.world)
-    if args.micro_batch or processes.device.type != "cpu":
+    if args.micro_batch or processes.device.type == "cuda":
         return min(args.micro_batch or share, share)
     clip_bytes = model.step_bytes * args.clip_len * math.prod(args.size)
     if not next(model.parameters()).requires_grad:
         clip_bytes *= 0.37  # measured with SparseModel.early: 0.25, high_temporal 0.37
-    fitting = min(5e9, free_memory() / 2) / processes.world / clip_bytes
+    fitting = min(5e9, free_memory() / 2) / share_of_node(processes.world) / clip_bytes
     return min(share, 2 ** int(math.log2(max(1, fitting))))
 
 
@@ -376,7 +427,7 @@ def find_data(args, processes, checkpoint):
 
 def video_names(data, data_set):
     """The videos of a data set, relative to the data's folder, sorted."""
-    return sorted({str(segment.path.relative_to(data.data)) for segment in data_set.segments})
+    return sorted({segment.path.relative_to(data.data).as_posix() for segment in data_set.segments})
 
 
 def check_data(args, data, checkpoint):
@@ -444,6 +495,8 @@ def describe(args, data, model, checkpoint, processes):
     weights = checkpoint["weights"]
     say(f"network    {args.model}, {millions:.2f} million parameters, weights: {weights}")
     say(f"recipe     {RECIPES[is_trained(checkpoint)]}")
+    if processes.device.type == "cpu" and not torch.version.cuda:
+        say("note       this build of torch can use no NVIDIA GPU")
     if "no_exercise" not in data.classes:
         say("note       without a class no_exercise pauses, too, get the name of an exercise")
     say(f"device     {processes.world} x {processes.device}, {args.micro_batch} clips at a time")
@@ -550,7 +603,9 @@ def duration(seconds):
 def compute(model, clips, amp):
     """uint8 clips (B, T, C, H, W) -> float32 logits (B, classes) on the network's device."""
     clips = model.prepare(clips)
-    with torch.autocast("cuda", torch.bfloat16, enabled=amp and clips.is_cuda):
+    # cards before Ampere emulate it, and cuDNN has no convolution for that
+    amp = amp and clips.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    with torch.autocast("cuda", torch.bfloat16, enabled=amp):
         return model(clips).float()
 
 
@@ -572,13 +627,21 @@ def gradients(model, batch, criterion, args, scale, bar=None):
     return sums
 
 
+# What PyTorch, cuDNN and Apple say of a device whose memory is full
+FULL = re.compile("out of memory|unable to find an engine|ALLOC_FAILED")
+
+
 def gradients_that_fit(model, batch, criterion, args, scale, bar):
     """`gradients`; each time the GPU's memory runs out, anew with half the micro-batch."""
     while True:
         try:
             return gradients(model, batch, criterion, args, scale, bar)
-        except torch.OutOfMemoryError:
-            model.zero_grad()
+        except ValueError as error:  # of batch norm, for a single value per channel
+            raise UserError(f"{error}: raise --size, --clip-len or --micro-batch") from error
+        except RuntimeError as error:
+            if not FULL.search(str(error)):
+                raise
+        model.zero_grad()
         if args.micro_batch == 1:
             raise UserError("the GPU's memory is too small for --micro-batch 1 at this --size")
         args.micro_batch //= 2
@@ -662,7 +725,8 @@ def evaluate(model, loader, args, processes, mirror=False, change=torch.Tensor.c
     bar = progress("  validate", len(loader.batch_sampler.own), processes)
     for batch in loader:
         logits = []
-        for clips in change(batch.clips).split(args.micro_batch):
+        # less memory than training takes: a checkpoint is validated where it can't be trained
+        for clips in change(batch.clips).split(math.ceil(args.micro_batch / 4)):
             views = [clips, clips.flip(-1)] if mirror else [clips]
             log_p = [compute(network, view, args.amp).log_softmax(1) for view in views]
             # the logarithm of the sum: its softmax is the mean
@@ -816,8 +880,10 @@ def print_when(segments, scores):
 
 def load_best(model, args, processes):
     """The weights of the best epoch take the place of the last ones; returns its accuracy."""
-    with processes.first():  # it has saved the file
+    best = None
+    if processes.rank == 0:  # only its machine need have the file
         best = torch.load(args.checkpoint_dir / f"{args.model}.pt", "cpu", weights_only=True)
+    best = processes.gather([best])[0]
     model.load_state_dict(best["model"])
     return best["best"][0]
 
@@ -922,7 +988,10 @@ def keep(checkpoint, figures, details, model, optimizer, args):
     save(folder / "last.pt", kept | {"optimizer": optimizer.state_dict(), "raw": raw})
     checkpoint.update(kept)
     names = list(history[-1])
-    write_csv(folder / "metrics.csv", [names, *(map(row.get, names) for row in history)])
+    try:
+        write_csv(folder / "metrics.csv", [names, *(map(row.get, names) for row in history)])
+    except UserError as error:  # as when Excel has it open: no reason to stop
+        print(f"note       {error}")
 
 
 def wilson(right, n):
@@ -1107,7 +1176,7 @@ def try_out(model, data, criterion, optimizer, args, processes):
     losses = []
     for _ in range(2):
         torch.manual_seed(args.seed)  # the same dropout
-        sums = gradients(model, batch, criterion, args, 0.25, bar)
+        sums = gradients_that_fit(model, batch, criterion, args, 0.25, bar)
         losses.append(sums[0] / sums[2])
         apply_gradients(model, optimizer, learning_rate(0, 100, args))
     bar.close()
@@ -1124,18 +1193,26 @@ def try_out(model, data, criterion, optimizer, args, processes):
 # -------------------------------------------------------------------------------------------- main
 
 
+def start(argv, processes):
+    """`settings`, with a folder that can be written to."""
+    with processes.together():
+        args, model, checkpoint = settings(argv)
+        with user_errors(f"checkpoints can't be saved in {args.checkpoint_dir}: "):
+            args.checkpoint_dir.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=args.checkpoint_dir).close()
+    torch.manual_seed(args.seed)
+    return args, model, checkpoint
+
+
 def main(argv=None):
     keep_freed_memory()
+    torch.backends.cudnn.benchmark = True  # for two shapes of batches
 
     # flags; for --resume and --evaluate also the network and its checkpoint
-    args, model, checkpoint = settings(argv)
-    processes = Processes(args.device)
-    torch.manual_seed(args.seed)
+    processes = Processes(parse_args(argv).device)
+    args, model, checkpoint = start(argv, processes)
 
     # data
-    with user_errors(f"checkpoints can't be saved in {args.checkpoint_dir}: "):
-        args.checkpoint_dir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.checkpoint_dir).close()
     data = find_data(args, processes, checkpoint)
 
     # network
@@ -1144,11 +1221,14 @@ def main(argv=None):
             f"from       {source(args)}, epoch {checkpoint['epoch']}: {in_words(fixed(args))}"
         )
         if not args.evaluate:
-            check_data(args, data, checkpoint)
+            with processes.together():
+                check_data(args, data, checkpoint)
             processes.say(f"until      epoch {args.epochs}, by which the learning rate falls")
     else:
         with processes.first():  # it downloads, the others find the file
             model, checkpoint = start_model(args, data)
+    own = {name: checkpoint[name] for name in ("weights", "epoch", "classes")}
+    processes.agree(**own, files=data.sizes, seed=args.seed)
     model.to(processes.device)
     freeze(model, args, checkpoint)
     args.micro_batch = pick_micro_batch(args, model, processes)

@@ -154,17 +154,6 @@ def test_a_trained_backbone_learns_slower_than_the_new_head_and_norms_do_not_dec
     assert rate(kernel, "kinetics") == (0.2, 0.5)
 
 
-def test_a_limit_of_the_container_is_respected(monkeypatch):
-    assert 1e8 < Trainer.free_memory() < 1e14
-    files = {
-        "meminfo": "MemAvailable:  1000 kB\n",
-        "memory.max": "5000\n",
-        "memory.current": "2000\n",
-    }
-    monkeypatch.setattr(Trainer.Path, "read_text", lambda path: files[path.name])
-    assert Trainer.free_memory() == 3000  # 5000 - 2000 are less than 1000 kB
-
-
 def test_the_default_micro_batch_on_the_cpu_stays_under_8_gb():
     model = build_model("mobilenet_v2_3d", 3)
     args = Trainer.parse_args(["--size", "300x400"])
