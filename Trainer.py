@@ -90,8 +90,9 @@ RECIPES = {
 }
 
 ROOM = """\
-*** The network knows the rooms: without the person it keeps more than half of what it can.
-*** Film each exercise in several rooms, and keep the videos of a room together by split.csv."""
+*** The network knows the rooms, or people who hold still: without what moves it keeps more than
+*** half of what it can. Film each exercise in several rooms; keep the videos of one together by
+*** split.csv."""
 
 # ------------------------------------------------------------------------------------------ flags
 
