@@ -886,7 +886,9 @@ def read_table(path, header=None):
         return rows
     if rows[:1] != [header] or min(map(len, rows)) < 2:
         names = ",".join(header)
-        raise UserError(f"{path} should begin with the line {names} and hold two columns")
+        raise UserError(
+            f"{path} should begin with the line {names} and hold two columns, with a comma between"
+        )
     return rows[1:]
 
 

@@ -44,7 +44,7 @@ import sys
 from collections import deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import count, islice
+from itertools import count, islice, product
 from pathlib import Path
 
 import cv2
@@ -95,6 +95,7 @@ from SparseModel import (
 
 METHODS = ["gradcam", "hirescam"]
 SHARES = (0.05, 0.1, 0.2, 0.4)  # of the space-time volume, in deletion and insertion
+SHARP = 8  # cells on the short side that a map of --layer sharp has at least
 DRAWS = 4  # of random regions and of re-initialised networks
 CODECS = {".webm": "VP80", ".mp4": "mp4v"}  # VP8 plays in browsers; mp4v is faster but does not
 COLORMAP = cv2.COLORMAP_TURBO
@@ -161,7 +162,8 @@ def explain(model, clips, layers, methods, target=None):
 
     Args:
         clips: float32 (B, 3, T, H, W), normalised.
-        layers: of stage_names(model); ValueError for others.
+        layers: of stage_names(model), or two of them as "features.6*features.18": the product of
+            the positive parts of their maps, at the resolution of the first; ValueError for others.
         methods: of METHODS.
         target: index of the class, or of each clip's, int64 (B,); None for the most probable one
             of the batch.
@@ -169,7 +171,8 @@ def explain(model, clips, layers, methods, target=None):
     (B, num_classes), float32.
     """
     names = stage_names(model)
-    first = min(names.index(layer) for layer in layers)
+    needed = {stage for layer in layers for stage in layer.split("*")}
+    first = min(map(names.index, needed))
     outputs = {}
     with eval_mode(model):
         x = clips
@@ -180,16 +183,22 @@ def explain(model, clips, layers, methods, target=None):
         logits = model.head(x)
         if target is None:
             target = most_probable(logits)
-        stages = [outputs[layer] for layer in layers]
+        stages = [outputs[name] for name in needed]
         rows = torch.arange(len(logits))
         gradients = torch.autograd.grad(logits[rows, target].sum(), stages)
-    maps = {}
-    for layer, stage, gradient in zip(layers, stages, gradients, strict=True):
+    found = {}
+    for name, stage, gradient in zip(needed, stages, gradients, strict=True):
         for method in methods:
             weights = gradient
             if method == "gradcam":
                 weights = gradient.mean(dim=(2, 3, 4), keepdim=True)
-            maps[layer, method] = (weights * stage.detach()).sum(dim=1)
+            found[name, method] = (weights * stage.detach()).sum(dim=1)
+    maps = {}
+    for layer, method in product(layers, methods):
+        fine, *coarse = (found[stage, method] for stage in layer.split("*"))
+        for other in coarse:
+            fine = fine.relu() * stretch(other, fine.shape[1:]).relu()
+        maps[layer, method] = fine
     return maps, logits.detach()
 
 
@@ -665,7 +674,7 @@ def parse_args():
     add("--checkpoint", type=Path, help="made by Trainer.py; None: the newest in checkpoints/")
     add("--target-class", help="name or index of the class; None: at each moment the predicted one")
     add("--no-heat", **switch, help="no video: which class when, fast, as tables and a picture")
-    add("--layer", default="last", help="stages of the network with commas, last, or all")
+    add("--layer", default="last", help="stages of the network with commas, last, sharp, or all")
     add("--stride", type=int, help="frames from window to window; None: half a clip")
     add("--output", type=Path, help=".webm (for browsers), .mp4, or a folder; None: here")
     add("--full-size", **switch, help="a large .webm: slow; else within 1280x720")
@@ -691,6 +700,33 @@ def choose(name, names, what):
     if name.isdecimal() and int(name) < len(names):
         return int(name)
     raise UserError(f"there is no {what} {name!r}: choose one of {', '.join(names)}")
+
+
+def choose_layers(text, model, clip):
+    """The layers for `explain` that --layer names.
+
+    "sharp" is the product of the maps of two stages: the last one with at least SHARP cells on the
+    short side, and the last of all. Coarse places keep what is fine and also spoke at the end.
+    """
+    layers = stage_names(model)
+    if text == "all":
+        return layers
+    if text not in ("last", "sharp"):
+        return [layers[choose(name, layers, "layer")] for name in text.split(",")]
+    x = model.prepare(torch.zeros(1, clip.length, 3, *clip.size[::-1], dtype=torch.uint8))
+    fine = layers[0]
+    with torch.inference_mode():
+        for name, stage in zip(layers, model.features, strict=True):
+            x = stage(x)
+            if min(x.shape[3:]) >= SHARP:
+                fine = name
+    if text == "last" and min(x.shape[3:]) < SHARP:
+        print(
+            f"note       the last layer has {x.shape[4]}x{x.shape[3]} cells: --layer sharp is finer"
+        )
+    if text == "last" or fine == layers[-1]:
+        return layers[-1:]
+    return [f"{fine}*{layers[-1]}"]
 
 
 def find_jobs(paths, output, end):
@@ -752,11 +788,7 @@ def ask(args):
     if not 1 <= stride <= clip.length:
         raise UserError(f"--stride {stride} is not between 1 and {clip.length}, a clip's length")
     methods = [METHODS[choose(name, METHODS, "method")] for name in args.method.split(",")]
-    layers = stage_names(model)
-    if args.layer == "last":
-        layers = layers[-1:]
-    elif args.layer != "all":
-        layers = [layers[choose(name, layers, "layer")] for name in args.layer.split(",")]
+    layers = choose_layers(args.layer, model, clip)
     target = None
     if args.target_class:
         target = choose(args.target_class, classes, "class")

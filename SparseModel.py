@@ -273,7 +273,7 @@ def pick_device(name):
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"the device {name} can't be used: {reason}") from error
+        raise ValueError(f"the device {name} can't be used: {reason}; --device cpu can") from error
 
 
 # ------------------------------------------------------------------------------- trained weights

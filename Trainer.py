@@ -119,8 +119,11 @@ class TypeHelpFormatter(HelpFormatter, argparse.MetavarTypeHelpFormatter):
 
 
 def WxH(text):
-    """Type of --size: "300x400" -> (300, 400); argparse reports a ValueError."""
-    width, height = map(int, text.split("x"))
+    """Type of --size: "300x400" -> (300, 400)."""
+    sides = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
+    if not sides:
+        raise argparse.ArgumentTypeError(f"{text} should be width x height, as 72x96")
+    width, height = map(int, sides.groups())
     if min(width, height) < 32:
         raise argparse.ArgumentTypeError(f"{text} is too small: from 32x32 on")
     return width, height
@@ -224,8 +227,10 @@ def settings(argv):
     if args.evaluate or saved.get("on_gpu", args.on_gpu) != args.on_gpu:
         saved.pop("micro_batch", None)  # another kind of device has other memory
     args = parse_args(argv, saved)
-    for name in fixed(args):
-        setattr(args, name, saved[name])
+    kept = {name: saved[name] for name, value in fixed(args).items() if value != saved[name]}
+    if kept:
+        print(f"kept       {in_words(kept)}: these can't be changed any more")
+    vars(args).update(kept)
     return args, model.requires_grad_(True), checkpoint
 
 

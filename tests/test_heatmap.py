@@ -192,6 +192,32 @@ def test_methods_are_equal_at_the_last_stage_and_differ_before(name, earlier, mo
     assert all(relative(*both(layer)) > 0.01 for layer in earlier)
 
 
+def test_the_product_of_two_stages_keeps_what_both_show(models, clips):
+    model = models["mobilenet_v2_3d"]
+    fine, _ = one(model, clips, "features.4", 1, "hirescam")
+    coarse, _ = one(model, clips, "features.18", 1, "hirescam")
+    found, _ = one(model, clips, "features.4*features.18", 1, "hirescam")
+    enlarged = nn.functional.interpolate(coarse[:, None], fine.shape[1:], mode="trilinear")[:, 0]
+    torch.testing.assert_close(found, fine.clamp(min=0) * enlarged.clamp(min=0))
+
+
+@pytest.mark.parametrize(
+    "size, asked, layers, said",
+    [
+        ((128, 160), "last", ["features.18"], True),
+        ((128, 160), "sharp", ["features.13*features.18"], False),
+        ((48, 64), "sharp", ["features.3*features.18"], False),
+        ((256, 256), "sharp", ["features.18"], False),
+        ((256, 256), "last", ["features.18"], False),
+        ((48, 64), "features.2,features.4", ["features.2", "features.4"], False),
+    ],
+)
+def test_sharp_has_at_least_eight_cells(models, capsys, size, asked, layers, said):
+    clip = ClipFormat(size, 2, 8.0)
+    assert HeatMap.choose_layers(asked, models["mobilenet_v2_3d"], clip) == layers
+    assert ("--layer sharp" in capsys.readouterr().out) == said
+
+
 def test_map_is_that_of_the_logit_and_not_of_the_probability(clips):
     model = lively("mobilenet_v2_3d")
     before, logits = one(model, clips, "features.13", 1, "hirescam")

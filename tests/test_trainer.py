@@ -703,6 +703,7 @@ def test_a_resumed_run_keeps_what_it_was_begun_with_and_says_so(folder, tmp_path
     said = capsys.readouterr().out
     for text in ("last.pt, epoch 1:", "mobilenet_v2_3d", "(32, 48)", "batch_size 4", "seed 0"):
         assert text in said
+    assert "kept       model mobilenet_v2_3d, size (32, 48), batch_size 4, seed 0: these" in said
     assert "untrained" not in said
     checkpoint = load(out / "last.pt")
     assert checkpoint["model_name"] == "mobilenet_v2_3d"
