@@ -546,6 +546,8 @@ def ranges(found, name):
         if maps.max() <= 0:
             line = f"{row}: no positive evidence for {name}"
         yield line
+    if all(min(maps.shape[1:]) < SHARP for maps in found.maps.values()):
+        yield "cells of this size are a blob beside a person: --layer sharp is finer"
 
 
 def draw_time_line(width, size, found, classes):
@@ -711,7 +713,9 @@ def choose_layers(text, model, clip):
     layers = stage_names(model)
     if text == "all":
         return layers
-    if text not in ("last", "sharp"):
+    if text == "last":
+        return layers[-1:]
+    if text != "sharp":
         return [layers[choose(name, layers, "layer")] for name in text.split(",")]
     x = model.prepare(torch.zeros(1, clip.length, 3, *clip.size[::-1], dtype=torch.uint8))
     fine = layers[0]
@@ -720,12 +724,8 @@ def choose_layers(text, model, clip):
             x = stage(x)
             if min(x.shape[3:]) >= SHARP:
                 fine = name
-    if text == "last" and min(x.shape[3:]) < SHARP:
-        print(
-            f"note       the last layer has {x.shape[4]}x{x.shape[3]} cells: --layer sharp is finer"
-        )
-    if text == "last" or fine == layers[-1]:
-        return layers[-1:]
+    if fine == layers[-1]:
+        return [fine]
     return [f"{fine}*{layers[-1]}"]
 
 

@@ -481,6 +481,7 @@ def test_a_server_that_does_not_answer_is_left_after_the_time_out(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
         monkeypatch.setenv("https_proxy", address)
+        monkeypatch.setattr(urllib.request, "_opener", None)  # it keeps the proxy of earlier tests
         try:
             with pytest.raises(OSError, match="timed out"):
                 load_weights(build_model("mobilenet_v2_3d", 5), "auto")

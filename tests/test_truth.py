@@ -360,16 +360,16 @@ def test_a_checkpoint_folder_that_may_not_be_written_is_said_before_training(tmp
 
 def test_heatmap_takes_no_results_and_no_hidden_files(tmp_path):
     fill(tmp_path, "a.mp4", "._a.mp4", "a_hirescam.mp4", ".trash/b.mp4", "c/d.mp4")
-    jobs = HeatMap.find_jobs([tmp_path], tmp_path, "gradcam")
+    jobs = HeatMap.find_jobs([tmp_path], tmp_path, "_gradcam")
     assert sorted(video.name for video in jobs.values()) == ["a.mp4", "d.mp4"]
 
 
 def test_heatmap_writes_into_a_folder_with_a_dot_and_takes_capital_endings(tmp_path):
     fill(tmp_path, "a.mp4")
     (tmp_path / "tmp.Xy1").mkdir()
-    jobs = HeatMap.find_jobs([tmp_path / "a.mp4"], tmp_path / "tmp.Xy1", "gradcam")
+    jobs = HeatMap.find_jobs([tmp_path / "a.mp4"], tmp_path / "tmp.Xy1", "_gradcam")
     assert list(jobs) == [tmp_path / "tmp.Xy1" / "a_gradcam.webm"]
-    assert list(HeatMap.find_jobs([tmp_path / "a.mp4"], tmp_path / "B.MP4", "gradcam"))
+    assert list(HeatMap.find_jobs([tmp_path / "a.mp4"], tmp_path / "B.MP4", "_gradcam"))
 
 
 def test_a_class_is_chosen_by_letters_and_no_exponent_is_a_number():
