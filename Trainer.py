@@ -12,6 +12,7 @@ metrics.csv and the confusion matrix. On a CPU a smaller --size, as 72x96, saves
 """
 
 import argparse
+import atexit
 import copy
 import itertools
 import math
@@ -284,6 +285,8 @@ class Processes:
             # Windows has no nccl; the first check of the data may last for hours
             backend = None if dist.is_nccl_available() else "gloo"
             dist.init_process_group(backend, timeout=timedelta(hours=3))
+            # after errors, too: gloo's threads, still running at the exit, would abort the process
+            atexit.register(dist.destroy_process_group)
         with self.together(), user_errors():
             self.device = pick_device(device)
         if self.device.type == "cuda":
@@ -343,10 +346,6 @@ class Processes:
         lists = [None] * self.world
         dist.all_gather_object(lists, items)
         return sum(lists, [])
-
-    def close(self):
-        if self.world > 1:
-            dist.destroy_process_group()
 
 
 # ----------------------------------------------------------------------------------------- memory
@@ -1270,7 +1269,6 @@ def main(argv=None):
 
     check_room(load_best(kept, args, processes), how)
     finish(args, data, checkpoint, processes)
-    processes.close()
 
 
 if __name__ == "__main__":
