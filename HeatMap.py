@@ -52,7 +52,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.transforms import v2
 from tqdm import tqdm
 
 from Dataset import (
@@ -67,6 +66,7 @@ from Dataset import (
     VideoReader,
     best_path,
     boolean,
+    center_crop,
     cores,
     drawable,
     film,
@@ -237,9 +237,9 @@ def read_windows(video, clip, stride):
 
     for n, picture in enumerate(frames_at(video, grid()), 1):
         rgb = cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
-        frame = torch.from_numpy(rgb).permute(2, 0, 1)
-        frame = resize(frame[None], middle(*video.shape, clip.size))
-        frames.append(v2.functional.center_crop(frame, clip.size[::-1]))
+        frame = torch.from_numpy(rgb[None]).permute(0, 3, 1, 2)
+        frame = resize(frame, middle(*video.shape, clip.size))
+        frames.append(center_crop(frame, clip.size[::-1]))
         if n == due:
             yield window()
             done = n

@@ -13,7 +13,6 @@ To add a network, write a function that builds it and one row of MODELS.
 import copy
 import ctypes
 import math
-import re
 import socket
 import sys
 from collections import OrderedDict, namedtuple
@@ -24,9 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision.models import MobileNet_V2_Weights
-from torchvision.models.video import R3D_18_Weights, r3d_18
-from torchvision.transforms.v2.functional import normalize, to_dtype
 
 # MobileNetV2's own table; in 3D the stride is that of time as well, or of space alone (MODES).
 inverted_residual_setting = [
@@ -131,8 +127,10 @@ class VideoClassifier(nn.Module):
 
         Channels are innermost in memory.
         """
-        clips = clips.to(self.classifier[1].weight.device, non_blocking=True)
-        clips = normalize(to_dtype(clips, torch.float32, scale=True), self.mean, self.std)
+        device = self.classifier[1].weight.device
+        clips = clips.to(device, non_blocking=True).to(torch.float32)
+        mean, std = torch.tensor([self.mean, self.std], device=device)[..., None, None]
+        clips.mul_(1 / 255).sub_(mean).div_(std)
         return clips.transpose(1, 2).contiguous(memory_format=torch.channels_last_3d)
 
     def head(self, x):
@@ -210,22 +208,27 @@ def video_resnet(net, num_classes):
 
 def pretrained_resnet(num_classes, mode, width_mult):
     """r3d_18 (Tran et al., 2018, arXiv:1711.11248); mode and width_mult do not apply to it."""
+    from torchvision.models.video import r3d_18  # which takes longer than torch itself
+
     return video_resnet(r3d_18(), num_classes)
 
 
 # ---------------------------------------------------------------------------- the table of networks
 
 # build: called with num_classes, mode and width_mult, gives a VideoClassifier with random weights;
-# pretrained: the weights that torchvision offers for it, None if there are none;
+# data: the word of --weights for the weights that torchvision offers for it, at this url;
 # always: whether `auto` takes them in debug and at any width, too, not for a full training alone.
-Network = namedtuple("Network", "build pretrained always", defaults=[True])
+Network = namedtuple("Network", "build data url always", defaults=["none", None, True])
+WEIGHTS = "https://download.pytorch.org/models/"
 
 # V1, not V2: V2 is 0.3 points better on ImageNet, but was trained with label smoothing and mixup,
 # and features made so transfer worse (Kornblith et al., 2021, arXiv:2010.16402). Neither was at
 # hand to measure; the recipe of Trainer.py was found with a network that was trained as V1 was.
 MODELS = {
-    "mobilenet_v2_3d": Network(SparseModel, MobileNet_V2_Weights.IMAGENET1K_V1, always=False),
-    "pretrained_resnet": Network(pretrained_resnet, R3D_18_Weights.KINETICS400_V1),
+    "mobilenet_v2_3d": Network(
+        SparseModel, "imagenet", WEIGHTS + "mobilenet_v2-b0353104.pth", always=False
+    ),
+    "pretrained_resnet": Network(pretrained_resnet, "kinetics", WEIGHTS + "r3d_18-b3b3357e.pth"),
 }
 
 
@@ -286,29 +289,29 @@ TIMEOUT = 30  # seconds; torch.hub sets none and would wait on a dead network fo
 
 def weights_file(name):
     """Where torchvision looks for the weights of a network before it downloads them, or None."""
-    pretrained = MODELS[name].pretrained
-    if pretrained is None:
+    url = MODELS[name].url
+    if url is None:
         return None
-    return Path(torch.hub.get_dir(), "checkpoints", Path(pretrained.url).name)
+    return Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
 
 
 def auto_weights(name, width_mult=1.0, debug=False):
     """The word that --weights auto stands for: that of what torchvision offers, or "none"."""
     network = MODELS[name]
-    if network.pretrained and (network.always or (width_mult == 1.0 and not debug)):
-        return re.match("imagenet|kinetics", network.pretrained.name.lower())[0]
+    if network.always or (width_mult == 1.0 and not debug):
+        return network.data
     return "none"
 
 
-def read_state(source, pretrained=None):
-    """The dict in a file saved by torch, or `pretrained`, from torchvision's file or the network.
+def read_state(source, url=None):
+    """The dict in a file saved by torch, or of weights of torchvision, kept or from the network.
 
     Raises OSError if there is no such file or network, ValueError if the file is something else.
     """
     try:
-        if pretrained:
+        if url:
             socket.setdefaulttimeout(TIMEOUT)
-            return pretrained.get_state_dict(check_hash=True, weights_only=True)
+            return torch.hub.load_state_dict_from_url(url, check_hash=True, weights_only=True)
         return dict(torch.load(source, map_location="cpu", weights_only=True))
     except OSError:
         raise
@@ -360,18 +363,18 @@ def load_weights(model, weights, debug=False):
     Raises OSError if the weights can't be had, ValueError if they don't fit this network.
     """
     width = model.args["width_mult"]
-    pretrained = None
+    url = None
     if weights == "auto":
         weights = auto_weights(model.name, width, debug)
     if weights == "none":
         return "none"
     if weights in DATA_SETS:
-        pretrained = MODELS[model.name].pretrained
+        url = MODELS[model.name].url
         if weights != auto_weights(model.name, width):
             raise ValueError(
                 f"there are no {DATA_SETS[weights]} weights for {model.name} of width {width:g}"
             )
-    state = read_state(weights, pretrained)
+    state = read_state(weights, url)
     try:
         fill_stages(model, state)
     except (RuntimeError, TypeError, AttributeError, ValueError) as error:

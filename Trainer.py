@@ -480,7 +480,7 @@ def warning(args, checkpoint):
         return ""
     return (
         "*** The trained weights could not be had: RANDOM weights need far more videos.\n*** To "
-        f"change that, put {MODELS[args.model].pretrained.url}\n*** at {weights_file(args.model)}\n"
+        f"change that, put {MODELS[args.model].url}\n*** at {weights_file(args.model)}\n"
     )
 
 

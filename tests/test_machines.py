@@ -237,6 +237,16 @@ def test_paths_of_the_split_have_forward_slashes():
     assert names == ["squat/1.mp4"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["Trainer", "HeatMap"])
+def test_what_takes_longest_to_load_waits_for_the_network_that_needs_it(script):
+    """torchvision loads torch's compiler: longer than all else, in each spawned loader, too."""
+    program = f"import sys, {script}; print({{'torchvision', 'torch._dynamo'}} & set(sys.modules))"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
 def test_spawned_loaders_are_few(monkeypatch):
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setattr(Trainer, "cores", lambda: 32)

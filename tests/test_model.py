@@ -15,7 +15,7 @@ from conftest import CLASSES, ROOT, lively, relative
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models import MobileNet_V2_Weights, mobilenet_v2, resnet18
-from torchvision.models.video import MC3_18_Weights, mc3_18, r3d_18
+from torchvision.models.video import MC3_18_Weights, R3D_18_Weights, mc3_18, r3d_18
 
 import SparseModel as module
 from SparseModel import (
@@ -295,7 +295,9 @@ def test_another_network_of_torchvision_is_one_builder_and_one_row(monkeypatch, 
     def mixed(num_classes, mode, width_mult):
         return module.video_resnet(mc3_18(), num_classes)
 
-    monkeypatch.setitem(MODELS, "mc3", Network(mixed, MC3_18_Weights.KINETICS400_V1))
+    monkeypatch.setitem(
+        MODELS, "mc3", Network(mixed, "kinetics", MC3_18_Weights.KINETICS400_V1.url)
+    )
     model = lively("mc3")
     assert weights_file("mc3").name == MC3_18_Weights.KINETICS400_V1.url.rsplit("/")[-1]
     torch.save(mc3_18().state_dict(), tmp_path / "weights.pth")
@@ -457,6 +459,8 @@ def test_imagenet_weights_are_found_under_torchvisions_name(hub, image_network):
     net, path = image_network
     state = {k: v for k, v in net.state_dict().items() if not k.startswith("classifier")}
     place = weights_file("mobilenet_v2_3d")
+    assert MODELS["mobilenet_v2_3d"].url == MobileNet_V2_Weights.IMAGENET1K_V1.url
+    assert MODELS["pretrained_resnet"].url == R3D_18_Weights.KINETICS400_V1.url
     assert place.name == MobileNet_V2_Weights.IMAGENET1K_V1.url.rsplit("/")[-1]
     place.parent.mkdir(parents=True)
     torch.save(state, place)

@@ -1037,7 +1037,7 @@ def test_the_room_is_blamed_only_for_a_gain(monkeypatch, capsys, accuracy, room,
 )
 def test_a_network_that_knows_the_room_alone_is_caught(tmp_path, monkeypatch, capsys, draw, knows):
     """If the class is the wall's colour, all is left without movement and person, else nothing."""
-    monkeypatch.setitem(MODELS, "tiny", Network(of_two_layers, None))
+    monkeypatch.setitem(MODELS, "tiny", Network(of_two_layers))
     rng = np.random.default_rng(0)
     for name in ("plank", "squat"):
         for i in range(20):
