@@ -77,10 +77,14 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message):
         flag = message.removeprefix("unrecognized arguments: ").split()[0].split("=")[0]
-        meant = difflib.get_close_matches(flag, self._option_string_actions, 1)
-        if meant:
-            message += f" (did you mean {meant[0]}?)"
+        message += did_you_mean(flag, self._option_string_actions)
         self.exit(2, f"{self.prog}: {message}; --help lists all flags\n")
+
+
+def did_you_mean(name, names):
+    """A question that names the most similar of the names, or "" where none is similar."""
+    meant = difflib.get_close_matches(name, names, 1)
+    return f" (did you mean {meant[0]}?)" if meant else ""
 
 
 def boolean(text):
@@ -1009,20 +1013,21 @@ def recordings(root, notes):
 
 def note_rest(root, videos, notes):
     """Note what else is in a folder, tables and hidden files apart: nothing vanishes unsaid."""
-    used = {video.path for video in videos}
-    known = used.union(*(path.parents for path in used)) | {root / "labels"}
+    known = {root / "labels", *video_files(root, "videos/*")}
+    for video in videos:
+        known.update([video.path, *video.path.parents])
     rest = defaultdict(list)
     for path in sorted(root.rglob("[!.]*")):
         name = path.relative_to(root).as_posix()
-        what = f"files {path.suffix} in another place or of no use"
+        what = f"{path.suffix} files in another place or of no use"
         if path.is_dir():
-            what = "folders without a video in its place"
+            what = "folders"
         elif not path.exists():
             what = "links to nowhere"
         if path not in known and path.suffix != ".csv" and "/." not in name:
             rest[what].append(name)
     for what, names in rest.items():
-        notes.append(f"left out: {len(names)} {what} ({some(names)})")
+        notes.append(f"not used: {len(names)} {what} ({some(names)})")
 
 
 def some(names):
@@ -1033,13 +1038,19 @@ def some(names):
 def split_by_table(videos, path, notes):
     """The videos that a csv file of id,split lists, with their part; notes tell what it lacks.
 
-    An id is the name of a file, with its ending or without, and with its folder or without.
+    An id is the name of a file, with its ending or without, and with its folder or without. Where
+    there is no table, or folders gave the parts, they are as they were.
     """
 
     def key(name):
-        name = plain(name)
-        return name.removesuffix(Path(name).suffix) if Path(name).suffix in CONTAINERS else name
+        stem, ending = os.path.splitext(plain(name))
+        return stem if ending in CONTAINERS else plain(name)
 
+    if not path.is_file():
+        return videos
+    if any(video.part for video in videos):
+        notes.append(f"{path} is not used: the folders say what is for what")
+        return videos
     rows = read_table(path, ["id", "split"])
     for name, part, *_ in rows:
         if part not in PARTS:
@@ -1052,19 +1063,21 @@ def split_by_table(videos, path, notes):
     unknown = dict(table)
     for video in videos:
         name = key(video.path.name)
-        for known in (f"{plain(video.path.parent.name)}/{name}", name):
-            if known in table:
-                unknown.pop(known, None)
-                listed.append(video._replace(part=table[known]))
-                break
+        longer = f"{plain(video.path.parent.name)}/{name}"
+        if longer in table:
+            name = longer
+        if name in table:
+            unknown.pop(name, None)
+            listed.append(video._replace(part=table[name]))
         else:
             missing.append(video.path.name)
     counts = Counter(video.part for video in listed)
     notes.append(f"{path} puts " + ", ".join(f"{counts[part]} into {part}" for part in PARTS))
+    if unknown:
+        names = some([name + did_you_mean(name, missing) for name in unknown])
+        notes.append(f"left out: {len(unknown)} names in {path} that no video has: {names}")
     if missing:
         notes.append(f"left out: {len(missing)} videos that {path} does not list: {some(missing)}")
-    if unknown:
-        notes.append(f"{path} lists {len(unknown)} names that no video has: {some([*unknown])}")
     return listed
 
 
@@ -1093,93 +1106,87 @@ Trained = namedtuple("Trained", "classes videos")
 
 def split_to_evaluate(videos, root, trained, notes):
     """The videos that were not trained on: all if none was, else those of test, or val and new."""
-    new = []
-    for video in videos:
+
+    def is_new(video):
         size = trained.videos.get(video.path.relative_to(root).as_posix(), -1)
-        if size is not None and size != video.path.stat().st_size:
-            new.append(video)
+        return size is not None and size != video.path.stat().st_size
+
+    new = list(filter(is_new, videos))
     if len(new) == len(videos):
         return [video._replace(part="test") for video in videos]
-    names = [video.path.name for video in videos if video not in new]
-    notes.append(f"left out: {len(names)} videos that were trained on: {some(names)}")
+    known = [video.path.name for video in videos if not is_new(video)]
+    notes.append(f"left out: {len(known)} videos that were trained on: {some(known)}")
     return [v if v.part == "test" else v._replace(part="val") for v in new]
 
 
 def look_closer(root):
     """What a folder holds that can't be used, and what to do about it."""
-    files = [path.relative_to(root) for path in sorted(root.rglob("*")) if path.is_file()]
-    videos = [path for path in files if path.suffix.lower() in CONTAINERS]
-    pictures = sum(path.suffix.lower() in PICTURES for path in files)
     if not root.exists():
         return "it does not exist"
-    if root.suffix.lower() in (".zip", ".rar", ".7z", ".gz"):
-        return "unpack it first"
     if root.is_file():
-        return "a single video is for HeatMap.py"
-    if not videos:
-        return f"it holds no video and {pictures} pictures"
-    depth = len(videos[0].parts)
-    if depth == 1:
-        return f"{videos[0]} lies right in it: if it is one class, give {root.absolute().parent}"
-    if depth == 2:
-        return f"its only folder with videos is {videos[0].parent}"
-    return f"videos lie deeper, as {videos[0]}: give the folder that holds those of the classes"
+        return "a single video is for HeatMap.py" if is_video(root) else "unpack it first"
+    files = [path for path in sorted(root.rglob("*")) if path.is_file()]
+    first = next(filter(is_video, files), None)
+    if first is None:
+        counts = Counter(path.suffix.lower() for path in files)
+        return "it holds " + "".join(f"{n} {end}, " for end, n in counts.items()) + "no video"
+    above = first.absolute().parent.parent
+    if above == root.absolute():
+        return f"its only folder with videos is {first.parent.name}"
+    return f"its videos lie as {first}: if {first.parent.name} is a class, give {above}"
+
+
+def lost(notes):
+    """What was left out, the first three, as the end of a sentence that it explains."""
+    reasons = [note for note in notes if note.startswith("left out")]
+    return "".join(f"; {reason}" for reason in reasons[:3])
 
 
 def find_videos(root, notes, least=2):
-    """The Videos of a folder, whatever its layout, with the parts that it gives them.
+    """The Videos of a folder, whatever its layout, with the parts that its folders give them.
 
     Notes tell what was found. UserError for less than `least` classes or recordings.
     """
     if not root.is_dir():
         raise UserError(f"{root} is not a folder, {look_closer(root)}: {USAGE}")
-    table = root / "split.csv"
     parts = [part for part in PARTS if (root / part).is_dir()]
     if len(parts) > 1 or (parts and least == 1):
         notes.append(f"{root} holds class folders in {' and '.join(parts)}")
-        if table.is_file():
-            notes.append(f"{table} is not used: the folders say what is for what")
         return sum((class_folders(root / part, part) for part in parts), [])
     if (root / "videos").is_dir() and (root / "labels").is_dir():
         videos = recordings(root, notes)
         count = len(videos)
         found = f"{root} holds {count} untrimmed recordings with labels"
+        hint = lost(notes)
     else:
         videos = class_folders(root)
         count = len({video.name for video in videos})
         found = f"{root} holds {count} class folders with videos"
-    notes.insert(0, found)
+        hint = f"; {look_closer(root)}"
     if count < least:
-        hint = look_closer(root)
-        raise UserError(f"{found} where at least {least} are needed; {hint}. {USAGE}")
-    if table.is_file():
-        return split_by_table(videos, table, notes)
-    if least > 1:
-        notes.append(
-            f"split by video: if one person is in several videos, keep them together by {table} "
-            "(the line id,split, then lines of a name without .mp4 and train, val or test)"
-        )
+        raise UserError(f"{found} where at least {least} are needed{hint}. {USAGE}")
+    notes.insert(0, found)
     return videos
 
 
-CHECK = f"3 {cv2.__version__}"  # another version of this or of OpenCV may judge a file otherwise
+# another version of this or of OpenCV may judge a file otherwise
+CHECKED = f"exercise_videos_4_{cv2.__version__}.json"
 
 
 def check_files(paths, quiet):
-    """`probe` all files in parallel -> ({path: its Probe}, {path: a sentence on what is wrong}).
+    """`probe` all files in parallel -> ({path: its Probe}, sentences on what is wrong).
 
     What was found is remembered in the user's cache folder until the size or the time of the file
-    change, or CHECK.
+    change, or CHECKED.
     """
     known = {}
-    with suppress(OSError, ValueError, KeyError, TypeError, RuntimeError):  # none yet, or damaged
-        store = Path(tempfile.gettempdir())  # where there is no home
-        store = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        saved = json.loads((store / "exercise_videos.json").read_text())
-        known = saved["files"] if saved["check"] == CHECK else {}
+    with suppress(OSError, ValueError, TypeError, RuntimeError):  # none yet, or damaged
+        store = Path(tempfile.gettempdir(), CHECKED)  # where there is no home
+        store = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", CHECKED)
+        known.update(json.loads(store.read_text()))
     before = len(known)
     good = {}
-    bad = {}
+    bad = []
 
     def check(path):
         try:
@@ -1187,34 +1194,36 @@ def check_files(paths, quiet):
             key = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
             if key not in known:
                 known[key] = probe(path)
-            good[path] = Probe(*known[key])
+            found = Probe(*known[key])
+            if len(found.times) == 1:
+                raise UserError(f"{path} holds one picture, so no movement: is it a photo?")
+            good[path] = found
         except (UserError, OSError) as error:
-            bad[path] = str(error)
+            bad.append(str(error))
 
     with ThreadPoolExecutor(min(8, cores())) as pool:
         jobs = pool.map(check, paths)
         list(tqdm(jobs, "checking videos", len(paths), unit="file", disable=quiet))
     if len(known) > before:
         with suppress(OSError):  # then the next start checks again
-            store.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({"check": CHECK, "files": known})
-            (store / "exercise_videos.json").write_text(text)
-    return good, dict(sorted(bad.items()))
+            store.parent.mkdir(parents=True, exist_ok=True)
+            store.write_text(json.dumps(known))
+    return good, sorted(bad)
 
 
 def refuse_twins(videos):
     """UserError if a video of another part or class has the same content as one of train."""
-    train = defaultdict(list)
+    trained = defaultdict(list)
     for video in videos:
         if video.part == "train":
-            train[video.path.stat().st_size].append(video.path)
+            trained[video.path.stat().st_size].append(video)
     for video in videos:
-        for twin in train[video.path.stat().st_size]:
-            other = video.part != "train" or video.path.parent != twin.parent
-            if other and filecmp.cmp(video.path, twin, shallow=False):
+        for twin in trained[video.path.stat().st_size]:
+            other = video[1:3] != twin[1:3]
+            if other and filecmp.cmp(video.path, twin.path, shallow=False):
                 raise UserError(
-                    f"{video.path} is the same video as {twin}, which is trained on: remove one "
-                    "of the two"
+                    f"{video.path} is the same video as {twin.path}, which is trained on: remove "
+                    "one of the two"
                 )
 
 
@@ -1328,25 +1337,27 @@ class ExerciseVideoDataModule:
         notes = self.notes = []
         videos = find_videos(self.data, notes, least=1 if self.trained else 2)
         note_rest(self.data, videos, notes)
+        videos = split_by_table(videos, self.data / "split.csv", notes)
         tracks = [video for video in videos if video.labels is not None]
         paths = [video.path for video in videos]
         probes, bad = check_files(paths, quiet=self.rank > 0)
-        notes += [f"left out: {reason}" for reason in bad.values()]
+        notes += [f"left out: {reason}" for reason in bad]
         if bad:
-            notes.append(f"{len(bad)} of {len(paths)} videos can't be read")
+            notes.append(f"{len(bad)} of {len(paths)} videos can't be used")
         readable = self.draw_parts(videos, probes)
 
         # classes
         names = name_labels(self.data, tracks) if tracks else {}
         if not self.background_ratio:
             names.pop(NO_EXERCISE, None)
+        self.classes = find_classes([v for v in videos if v.part in ("train", None)], names)
         if self.trained:
             self.classes = self.trained.classes
-        else:
-            self.classes = find_classes([v for v in videos if v.part in ("train", None)], names)
         count = len(self.classes)
         if count < 2:
-            raise UserError(f"{self.data} has {count} classes to train where at least 2 are needed")
+            raise UserError(
+                f"{self.data} has {count} classes to train where at least 2 are needed{lost(notes)}"
+            )
 
         # table of segments
         segments = []
@@ -1355,8 +1366,8 @@ class ExerciseVideoDataModule:
         background = names.get(NO_EXERCISE)
         if background in self.classes and not self.trained:
             segments = self.thin_background(segments, self.classes.index(background))
-        self.refuse_gaps(videos, segments, bad)
-        self.note_orientation(segments)
+        self.refuse_gaps(videos, segments)
+        self.note_shape(segments)
 
         # data sets
         paths = {segment.path for segment in segments}
@@ -1375,8 +1386,11 @@ class ExerciseVideoDataModule:
             return split_to_evaluate(readable, self.data, self.trained, self.notes)
         given = {video.part for video in videos}
         if "val" not in given:
-            if "train" in given:
-                self.notes.append("none is for val: a fifth of those to train on, by the seed")
+            self.notes.append(
+                "no video is given for val, so a fifth is drawn: if one person is in several "
+                f"videos, keep them together by {self.data}/split.csv (the line id,split, then "
+                "lines of a video's name and train, val or test)"
+            )
             test = [video for video in readable if video.part == "test"]
             rest = [video for video in readable if video.part != "test"]
             readable = test + split_by_video(rest, self.seed)
@@ -1423,7 +1437,7 @@ class ExerciseVideoDataModule:
                 )
         return kept
 
-    def refuse_gaps(self, videos, segments, bad):
+    def refuse_gaps(self, videos, segments):
         """UserError if a class has no clip to train on, or a part has none that should."""
         if self.trained:
             if not segments:
@@ -1435,24 +1449,25 @@ class ExerciseVideoDataModule:
         wanted = {video.part for video in videos if video.part} | {"val"}
         gaps += sorted(wanted - {segment.part for segment in segments})
         if gaps:
-            suspects = sorted(bad, key=lambda path: path.parent.name not in missing)
-            why = "".join(f"{bad[path]}; " for path in suspects[:3])
             seconds = self.clip.length / self.clip.fps
             raise UserError(
-                f"{self.data} has no clip left for {', '.join(gaps)}: {why}each class needs "
-                "a video to train on and one to validate with, and in recordings one that lasts "
-                f"for {seconds:g} s"
+                f"{self.data} has no clip left for {', '.join(gaps)}{lost(self.notes)}; each class "
+                "needs a video to train on and one to validate with, and in recordings one that "
+                f"lasts for {seconds:g} s"
             )
 
-    def note_orientation(self, segments):
+    def note_shape(self, segments):
+        """Note it if a third of the pictures is cut off, and another shape would keep more."""
         W, H = self.clip.size
-        sources = {s.path: s.geometry.source for s in segments}.values()
-        misfit = sum((w > h) != (W > H) for h, w in sources if w != h)
-        if misfit > len(sources) / 2 and W != H:
-            kind = "landscape" if W < H else "portrait"
+        sources = {segment.path: segment.geometry.source for segment in segments}
+        shapes = np.array([width / height for height, width in sources.values()])
+        best = np.median(shapes)
+        used, better = (np.minimum(shapes / s, s / shapes).mean() for s in (W / H, best))
+        if used < 2 / 3 < better:
+            w, h = (4 * round(math.sqrt(W * H * s) / 4) for s in (best, 1 / best))
             self.notes.append(
-                f"{misfit} of {len(sources)} videos are {kind}, which {W}x{H} cuts: try --size "
-                f"{H}x{W}"
+                f"{W}x{H} shows {used:.0%} of the pictures and cuts off the rest; {w}x{h} would "
+                f"show {better:.0%}: try --size {w}x{h}"
             )
 
     def data_set(self, segments, part):

@@ -75,7 +75,9 @@ from SparseModel import (
     weights_file,
 )
 
-DEMO = Path("data/demo")
+DEMO = Path(__file__).parent / "data" / "demo"  # one for all working directories
+with suppress(ValueError):
+    DEMO = DEMO.relative_to(Path.cwd())  # shorter on screen
 ACCURACY = "val_video_mean_class"  # chooses the best epoch
 LABEL_SMOOTHING = 0.1  # share of the target that goes to all classes
 MAX_NORM = 5.0  # of the gradient

@@ -4,6 +4,8 @@ import argparse
 import math
 import os
 import pickle
+import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -796,7 +798,7 @@ def test_a_second_start_reads_no_video_again(clips, monkeypatch, tmp_path):
     os.utime(clips / "squat" / "s1.mp4")
     module(clips)
     assert read == ["s1.mp4"]
-    store = Path(os.environ["XDG_CACHE_HOME"]) / "exercise_videos.json"
+    store = Path(os.environ["XDG_CACHE_HOME"]) / Dataset.CHECKED
     for damage in (store.read_bytes()[:-9], b"", b"text", b"\xff\xfe", b"{"):
         store.write_bytes(damage)
         read.clear()
@@ -837,11 +839,11 @@ def test_one_broken_file_among_many_is_left_out_by_name_and_not_replaced(tmp_pat
     broken(tmp_path / "a" / "bad.mp4", "truncated")
     data = module(tmp_path)
     assert [note for note in data.notes if "left out" in note or "bad.mp4" in note] == data.notes[
-        -3:-2
+        -4:-3
     ]
-    assert "left out" in data.notes[-3]
-    assert "bad.mp4" in data.notes[-3]
-    assert "1 of 11 videos can't be read" in data.notes[-2]
+    assert "left out" in data.notes[-4]
+    assert "bad.mp4" in data.notes[-4]
+    assert "1 of 11 videos can't be used" in data.notes[-3]
     assert len(data.train_set) + len(data.val_set) == 10
 
 
@@ -877,10 +879,11 @@ def test_folders_that_can_not_be_used_are_explained(tmp_path):
         ([], "none", "none is not a folder, it does not exist"),
         (["v.zip"], "v.zip", "v.zip is not a folder, unpack it first"),
         (["squat/0.mp4"], "squat/0.mp4", "is not a folder, a single video is for HeatMap.py"),
-        (["squat/0.mp4"], "squat", "0.mp4 lies right in it: if it is one class, give .*"),
+        (["squat/0.mp4"], "squat", "its videos lie as .*squat/0.mp4: if squat is a class, give /"),
         (["squat/0.mp4"], ".", "1 class folders .*; its only folder with videos is squat"),
-        (["my/squat/0.mp4"], ".", "videos lie deeper, as my/squat/0.mp4: give the folder that"),
-        (["squat/0.JPG", "lunge/1.png"], ".", "it holds no video and 2 pictures"),
+        (["my/squat/0.mp4"], ".", "lie as .*/my/squat/0.mp4: if squat is a class, give /.*/my"),
+        (["squat/0.JPG", "squat/1.png", "v.zip"], ".", "it holds 1 .jpg, 1 .png, 1 .zip, no video"),
+        ([], ".", "it holds no video. --data"),
     ],
 )
 def test_a_wrong_folder_is_told_what_it_holds(tmp_path, files, data, sentence):
@@ -892,14 +895,45 @@ def test_a_wrong_folder_is_told_what_it_holds(tmp_path, files, data, sentence):
         module(tmp_path / data)
 
 
-def test_a_misfit_of_orientation_is_said_once(tmp_path):
-    for name in ("a", "b"):
-        for i in range(2):
-            write_video(tmp_path / name / f"{i}.mp4", picture(i + 2 * (name == "b")))
-    assert "--size 64x48" in module(tmp_path).notes[-1]
-    for i in range(4):
-        write_video(tmp_path / "c" / f"{i}.mp4", picture(9 + i, height=96, width=48))
-    assert not any("--size" in note for note in module(tmp_path).notes)  # four of eight
+def test_a_photo_named_as_a_video_is_left_out_and_said(tmp_path):
+    for i, name in enumerate("aabb"):
+        write_video(tmp_path / name / f"{i}.mp4", picture(i))
+    (tmp_path / "a" / "photo.mp4").write_bytes(cv2.imencode(".jpg", picture(9)[0])[1])
+    data = module(tmp_path)
+    assert len(data.train_set) + len(data.val_set) == 4
+    notes = "\n".join(data.notes)
+    assert "photo.mp4 holds one picture, so no movement: is it a photo?" in notes
+    assert "1 of 5 videos can't be used" in notes
+
+
+@pytest.mark.parametrize(
+    "source, size, said",
+    [
+        ((108, 192), (300, 400), None),  # a phone held upright: three quarters are used
+        ((108, 192), (112, 112), "112x112 shows 56% of .* 84x148 would show 100%: .*--size 84x148"),
+        ((192, 108), (48, 64), "48x64 shows 42% of .* try --size 72x40"),
+        ((64, 48), (48, 64), "try --size 64x48"),
+        ((64, 64), (48, 64), None),
+    ],
+)
+def test_a_shape_that_cuts_off_a_third_is_said_with_a_better_one(source, size, said):
+    data = ExerciseVideoDataModule("v", ClipFormat(size, 16, 8.0))
+    data.notes = []
+    width, height = source
+    data.note_shape([segment("v", 0.0, 1.0, height, width, size)])
+    assert len(data.notes) == bool(said)
+    if said:
+        assert re.search(said, data.notes[0])
+
+
+def test_no_shape_is_advised_where_none_is_better():
+    data = ExerciseVideoDataModule("v", ClipFormat((112, 112), 16, 8.0))
+    data.notes = []
+    wide = [segment(f"w{i}", 0.0, 1.0, 108, 192) for i in range(5)]
+    data.note_shape([*wide, *(segment(f"t{i}", 0.0, 1.0, 192, 108) for i in range(5))])
+    assert data.notes == []
+    data.note_shape([*wide, segment("t", 0.0, 1.0, 192, 108)])
+    assert "--size 148x84" in data.notes[0]
 
 
 # --------------------------------------------------------------------------- shared by both scripts
@@ -1053,6 +1087,12 @@ def test_two_pairs_of_classes_share_their_poses():
         for e in ("squat", "squat_hold")
     ]
     assert still[0] > 5 * still[1]
+
+
+def test_the_demo_is_that_of_the_project_in_any_folder(tmp_path, monkeypatch):
+    for folder, demo in ((ROOT, Path("data/demo")), (tmp_path, ROOT / "data" / "demo")):
+        monkeypatch.chdir(folder)
+        assert runpy.run_path(str(ROOT / "Trainer.py"))["DEMO"] == demo
 
 
 def test_an_interrupted_rendering_is_not_taken_for_a_complete_one(tmp_path, monkeypatch):

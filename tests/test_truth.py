@@ -460,11 +460,11 @@ def test_nothing_vanishes_unsaid(tmp_path):
     (tmp_path / "a" / "gone.mp4").symlink_to("nowhere.mp4")
     (tmp_path / "d").mkdir()
     notes = tell(tmp_path)
-    assert "1 files .xyz in another place or of no use (a/clip.xyz)" in notes
+    assert "not used: 1 .xyz files in another place or of no use (a/clip.xyz)" in notes
     lost = "a/0_gradcam.mp4, a/session/4.mp4, loose.mp4"
-    assert f"3 files .mp4 in another place or of no use ({lost})" in notes
+    assert f"3 .mp4 files in another place or of no use ({lost})" in notes
     assert "1 links to nowhere (a/gone.mp4)" in notes
-    assert "2 folders without a video in its place (a/session, d)" in notes
+    assert "not used: 2 folders (a/session, d)" in notes
     assert "._0" not in notes
 
 
@@ -500,7 +500,21 @@ def test_ids_with_ending_folder_and_other_case_are_understood(eight):
 
 def test_ids_that_name_nothing_are_named(eight):
     lines = [f"{i},{part}" for i, part in enumerate(("train", "train", "val", "test"))]
-    assert "lists 1 names that no video has: clip9" in tell(split(eight, *lines, "clip9,test"))
+    notes = tell(split(eight, *lines, "clip9,test"))
+    assert f"1 names in {eight / 'split.csv'} that no video has: clip9\n" in notes
+
+
+@pytest.mark.parametrize(
+    "lines, said",
+    [
+        (["person1_a,train", "person1_b,train", "perosn2_a,val"], r"left for val; .*perosn2_a \("),
+        (["pesron1_a,train", "person2_b,val"], r"0 classes .*pesron1_a \("),
+    ],
+)
+def test_a_misspelt_id_is_in_the_sentence_with_the_video_that_it_may_mean(tmp_path, lines, said):
+    fill(tmp_path, "a/Person1_a.mp4", "b/Person1_b.mp4", "a/Person2_a.mp4", "b/Person2_b.mp4")
+    with pytest.raises(UserError, match=said + r"did you mean Person[12]_a\.mp4\?"):
+        module(split(tmp_path, *lines))
 
 
 def test_the_notes_that_explain_an_error_are_printed_with_it(eight):
