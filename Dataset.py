@@ -31,7 +31,7 @@ from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import pairwise, product
 from pathlib import Path
 from threading import Lock
@@ -42,9 +42,11 @@ os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # a broken file is report
 import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from tqdm import tqdm
+
+# torchvision.transforms.v2 is imported where it is used: it loads torch's compiler, 2 s that --help
+# and a mistyped flag need not wait for
 
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 cv2.setNumThreads(0)  # in workers too, which import or inherit this; torch gives each of them one
@@ -430,7 +432,7 @@ def read_frames(path, times, geometry=None, way=None):
     """The frame of each of `times` (ascending, seconds) -> uint8 (T, C, h, w), RGB.
 
     Whole frames, or the central `crop` of the geometry of the file. Channels are innermost in
-    memory, on which resizing is fastest. UserError if the file ends over 0.5 s before the last
+    memory, on which v2.Resize is fastest. UserError if the file ends over 0.5 s before the last
     time, or has another frame size. `way` is that of its Probe; without it the file is read twice.
     """
     video = VideoReader(path, way=way or probe(path).way)
@@ -535,25 +537,16 @@ def middle(height, width, size, margin=1.25):
     return Geometry((height, width), (h, w), *sides)
 
 
-def center_crop(frames, sides):
-    """The middle of frames (..., H, W): (..., *sides), a view."""
-    for axis, side in zip((-2, -1), sides, strict=True):
-        frames = frames.narrow(axis, round((frames.shape[axis] - side) / 2), side)
-    return frames
-
-
 def resize(frames, geometry):
     """uint8 (T, C, *source), or their central (T, C, *crop) -> (T, C, *kept)."""
-    frames = center_crop(frames, geometry.crop)
-    frames = F.interpolate(frames, geometry.scaled, mode="bilinear", antialias=True)
-    return center_crop(frames, geometry.kept)
+    from torchvision.transforms.v2 import functional
+
+    frames = functional.center_crop(frames, geometry.crop)
+    frames = functional.resize(frames, geometry.scaled, antialias=True)
+    return functional.center_crop(frames, geometry.kept)
 
 
 # ----------------------------------------------------------------------------------- augmentation
-
-
-def uniform(low, high):
-    return torch.empty(1).uniform_(low, high).item()
 
 
 class TrainTransform:
@@ -567,39 +560,35 @@ class TrainTransform:
     """
 
     def __init__(self, size):
+        from torchvision.transforms import v2
+
         W, H = size
         self.size = size
+        self.rotation = v2.RandomRotation(10)
         y, x = np.indices((H, W), np.float32)
         self.places = np.stack([x - (W - 1) / 2, y - (H - 1) / 2], -1)  # from the middle
 
-    def draw_box(self, height, width):
-        """(left, top, w, h) in a frame that covers the clip: 60 to 100 % of its area.
-
-        The aspect is within 10 % of the clip's, so that people are not squeezed.
-        """
-        w = h = math.inf
-        while w > width or h > height:
-            side = math.sqrt(uniform(0.6, 1))
-            aspect = math.exp(uniform(math.log(0.9), math.log(1.1)) / 2)
-            w = round(self.size[0] * side * aspect)
-            h = round(self.size[1] * side / aspect)
-        top = int(torch.randint(height - h + 1, ()))
-        left = int(torch.randint(width - w + 1, ()))
-        return left, top, w, h
-
     def __call__(self, frames):
+        from torchvision.transforms import v2
+
         W, H = self.size
-        left, top, w, h = self.draw_box(*frames.shape[-2:])
-        boxes = frames[..., top : top + h, left : left + w]
+        # 60 to 100 % of the largest box of the clip's shape, its aspect within 10 %, so that
+        # people are not squeezed
+        whole = W * H / math.prod(frames.shape[-2:])
+        aspects = (0.9 * W / H, 1.1 * W / H)
+        zoom = v2.RandomResizedCrop((H, W), scale=(0.6 * whole, whole), ratio=aspects)
+        box = zoom.make_params([frames])
+        boxes = v2.functional.crop(frames, **box)
+        h, w = boxes.shape[-2:]
         mirror = -1 if torch.rand(1) < 0.5 else 1
-        angle = uniform(-10, 10)
+        angle = self.rotation.make_params([frames])["angle"]
 
         # where in the box each pixel of the clip comes from: turned back, then shrunk to the box
         affine = cv2.getRotationMatrix2D((0, 0), -angle, 1)
         affine *= [[mirror * w / W], [h / H]]
         affine[:, 2] = (w - 1) / 2, (h - 1) / 2
         corners = self.places[[0, 0, -1, -1], [0, -1, -1, 0]]
-        self.outline = cv2.transform(corners[None], affine)[0] + [left, top]
+        self.outline = cv2.transform(corners[None], affine)[0] + [box["left"], box["top"]]
         maps = cv2.convertMaps(cv2.transform(self.places, affine), None, cv2.CV_16SC2)
 
         clip = np.empty((len(frames), H, W, 3), np.uint8)
@@ -708,14 +697,14 @@ class ExerciseVideoDataset(Dataset):
     """
 
     def __init__(self, segments, clip, training=False, clips_per_video=1, debug_dir=None):
+        from torchvision.transforms import v2
+
         self.segments = segments
         self.clip = clip
         self.debug_dir = debug_dir
         self.saved = 0
         self.cache = FrameCache({}, 0)
-        self.transform = partial(center_crop, sides=clip.size[::-1])
-        if training:
-            self.transform = TrainTransform(clip.size)
+        self.transform = TrainTransform(clip.size) if training else v2.CenterCrop(clip.size[::-1])
         self.training = training
         self.items = []
         for number, segment in enumerate(segments):

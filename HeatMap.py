@@ -66,7 +66,6 @@ from Dataset import (
     VideoReader,
     best_path,
     boolean,
-    center_crop,
     cores,
     drawable,
     film,
@@ -222,6 +221,8 @@ def read_windows(video, clip, stride):
     video. A video shorter than a clip is looped, as in training. UserError if no frame can be
     decoded.
     """
+    from torchvision.transforms.v2.functional import center_crop  # late: see Dataset.py
+
     frames = deque(maxlen=clip.length)
     due = clip.length
     done = 0
@@ -237,8 +238,8 @@ def read_windows(video, clip, stride):
 
     for n, picture in enumerate(frames_at(video, grid()), 1):
         rgb = cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
-        frame = torch.from_numpy(rgb[None]).permute(0, 3, 1, 2)
-        frame = resize(frame, middle(*video.shape, clip.size))
+        frame = torch.from_numpy(rgb).permute(2, 0, 1)
+        frame = resize(frame[None], middle(*video.shape, clip.size))
         frames.append(center_crop(frame, clip.size[::-1]))
         if n == due:
             yield window()
