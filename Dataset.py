@@ -156,6 +156,30 @@ def share_of_node(world):
     return int(os.environ.get("LOCAL_WORLD_SIZE", world))
 
 
+# What PyTorch, cuDNN and Apple say of a device whose memory is full
+FULL = re.compile("out of memory|unable to find an engine|ALLOC_FAILED")
+
+
+def what_fits(compute, n, *columns, again=None):
+    """compute(*parts) for n rows of each column at a time: (list of the results, n).
+
+    When the device's memory is full, all anew with half of n; again() comes before. UserError if a
+    single row is too much.
+    """
+    while True:
+        try:
+            parts = zip(*(column.split(n) for column in columns), strict=True)
+            return [compute(*part) for part in parts], n
+        except RuntimeError as error:
+            if not FULL.search(str(error)):
+                raise
+        if n == 1:
+            raise UserError("the GPU's memory is too small for a single clip: --device cpu can")
+        n //= 2
+        if again:
+            again()
+
+
 def nfc(name):
     """The name with letters and their accents in one: macOS takes them apart."""
     return unicodedata.normalize("NFC", name)

@@ -79,6 +79,7 @@ from Dataset import (
     resize,
     run_script,
     runs,
+    what_fits,
     write,
     write_csv,
     write_png,
@@ -213,6 +214,23 @@ def ahead(items, n=2):
             yield item
 
 
+def logits_of(model, clips):
+    """The logits (B, classes) of clips, as many at a time as the memory holds."""
+    at_once = clips_at_once(clips.shape[2:], clips.device)
+    return torch.cat(what_fits(model, at_once, clips)[0])
+
+
+def maps_of(model, clips, layers, methods, targets):
+    """The maps of `explain`, of as many clips at a time as the memory holds; targets (B,)."""
+
+    def maps(clips, targets):
+        return explain(model, clips, layers, methods, targets)[0]
+
+    at_once = clips_at_once(clips.shape[2:], clips.device)
+    found, _ = what_fits(maps, at_once, clips, targets)
+    return {name: torch.cat([part[name] for part in found]) for name in found[0]}
+
+
 def read_windows(video, clip, stride):
     """Yield (n, uint8 (T, C, H, W)): windows of a whole video, a VideoReader at its start.
 
@@ -292,7 +310,7 @@ def predict_video(path, question):
     video = open_video(path)
     logits = []
     for n, clips in prepared(video, question):
-        logits.append(question.model(clips).cpu())
+        logits.append(logits_of(question.model, clips).cpu())
         end = n
     scores = torch.cat(logits).softmax(1).numpy()
 
@@ -322,7 +340,7 @@ def explain_video(path, question):
     for _, clips in prepared(open_video(path), question):
         own = targets[done : done + len(clips)]
         done += len(clips)
-        maps, _ = explain(question.model, clips, question.layers, question.methods, own)
+        maps = maps_of(question.model, clips, question.layers, question.methods, own)
         for (layer, method), parts in maps.items():
             cells.setdefault(f"{layer} {method}", []).append(shrink(parts))
     size = question.clip.length, len(found.times)
@@ -397,9 +415,7 @@ def occlude(model, clip, heat, target):
     for share in SHARES:
         hot.view(-1)[order[: round(share * len(order))]] = True
         variants += [torch.where(hot, blurred, clip), torch.where(hot, clip, blurred)]
-    batches = torch.stack(variants).split(clips_at_once(heat.shape, clip.device))
-    logits = torch.cat([model(batch) for batch in batches])
-    p = logits.softmax(1)[:, target]
+    p = logits_of(model, torch.stack(variants)).softmax(1)[:, target]
     return p.view(-1, 2).T.cpu().numpy()
 
 
@@ -442,18 +458,14 @@ def compare_regions(model, clips, heats, target):
 
 def check(model, clips, layers, methods, target):
     """CheckLines of the tests in the module's docstring on clips (B, 3, T, H, W), normalised."""
-
-    def maps_of(network):
-        found = [explain(network, clip[None], layers, methods, target)[0] for clip in clips]
-        return {name: torch.cat([maps[name] for maps in found]) for name in found[0]}
-
-    ours = maps_of(model)
+    question = (clips, layers, methods, torch.tensor(target).expand(len(clips)))
+    ours = maps_of(model, *question)
     n = len(model.features)
     lines = []
     with torch.random.fork_rng(devices=[]):  # all draws are on the CPU
         torch.manual_seed(0)
         for keep in tqdm((n, 2 * n // 3, n // 3, 0), "check: new weights", leave=False):
-            draws = [maps_of(renewed(model, clips, keep)) for _ in range(DRAWS)]
+            draws = [maps_of(renewed(model, clips, keep), *question) for _ in range(DRAWS)]
             for name, maps in ours.items():
                 r = [correlation(maps, draw[name]) for draw in draws]
                 largest = max(r, key=abs)

@@ -58,6 +58,7 @@ from Dataset import (
     run_script,
     runs,
     share_of_node,
+    what_fits,
     write_csv,
     write_png,
 )
@@ -143,7 +144,8 @@ def add_data_flags(add):
     add("--background-ratio", type=SHARE, default=0.3, help="recordings: no_exercise kept")
     # where they are not forked each needs 5 s and 370 MB to begin
     most = 16 if sys.platform == "linux" else 2
-    add("--workers", type=NUMBER, default=min(most, cores()), help="loader processes; debug: 0")
+    workers = max(1, min(most, cores() // share_of_node(1)))
+    add("--workers", type=NUMBER, default=workers, help="loader processes; debug: 0")
     add("--cache-gb", type=REAL, default=tenth, help="RAM for decoded frames; 0 in debug mode")
 
 
@@ -340,6 +342,12 @@ class Processes:
         for tensor in tensors:
             if self.world > 1:
                 dist.all_reduce(tensor)
+
+    def from_first(self, tensors):
+        """Each tensor becomes, in place, that of process 0."""
+        for tensor in tensors:
+            if self.world > 1:
+                dist.broadcast(tensor, 0)
 
     def gather(self, items):
         """The lists of all processes, one after the other."""
@@ -621,38 +629,27 @@ def gradients(model, batch, criterion, args, scale, bar=None):
 
     A progress bar counts the clips. Returns float64 (sum of losses, correct, clips).
     """
-    sums = torch.zeros(3, dtype=torch.float64)
-    n = args.micro_batch
-    for clips, labels in zip(batch.clips.split(n), batch.labels.split(n), strict=True):
+
+    def step(clips, labels):
         logits = compute(model, clips, args.amp)
         loss = criterion(logits, labels.to(logits.device))
         (scale * loss).backward()
         correct = (logits.argmax(1).cpu() == labels).sum()
-        sums += torch.tensor([loss.item(), correct, len(labels)])
         if bar is not None:
             bar.update(len(labels))
-    return sums
+        return torch.tensor([loss.item(), correct, len(labels)], dtype=torch.float64)
 
-
-# What PyTorch, cuDNN and Apple say of a device whose memory is full
-FULL = re.compile("out of memory|unable to find an engine|ALLOC_FAILED")
-
-
-def gradients_that_fit(model, batch, criterion, args, scale, bar):
-    """`gradients`; each time the GPU's memory runs out, anew with half the micro-batch."""
-    while True:
-        try:
-            return gradients(model, batch, criterion, args, scale, bar)
-        except ValueError as error:  # of batch norm, for a single value per channel
-            raise UserError(f"{error}: raise --size, --clip-len or --micro-batch") from error
-        except RuntimeError as error:
-            if not FULL.search(str(error)):
-                raise
-        model.zero_grad()
-        if args.micro_batch == 1:
-            raise UserError("the GPU's memory is too small for --micro-batch 1 at this --size")
-        args.micro_batch //= 2
-        tqdm.write(f"the GPU's memory is full: from here on {args.micro_batch} clips at a time")
+    try:
+        columns = batch.clips, batch.labels
+        sums, n = what_fits(step, args.micro_batch, *columns, again=model.zero_grad)
+    except ValueError as error:
+        if "1 value per channel" not in str(error):  # of batch norm
+            raise
+        raise UserError(f"{error}: raise --size, --clip-len or --micro-batch") from error
+    if n < args.micro_batch:
+        tqdm.write(f"the GPU's memory is full: from here on {n} clips at a time")
+        args.micro_batch = n
+    return sum(sums)
 
 
 def apply_gradients(model, optimizer, lr):
@@ -680,7 +677,7 @@ def train_epoch(model, loader, criterion, optimizer, args, processes):
     bar = progress(f"epoch {epoch + 1}/{args.epochs}", sum(sizes) // processes.world, processes)
     for step, batch in enumerate(loader):
         # gradients of the mean loss of the clips of all processes
-        sums = gradients_that_fit(model, batch, criterion, args, 1 / sizes[step], bar)
+        sums = gradients(model, batch, criterion, args, 1 / sizes[step], bar)
         if not sums.isfinite().all():
             refuse(batch, loader.dataset, f"epoch {epoch + 1}, step {step + 1}")
         processes.add_up(p.grad for p in model.parameters() if p.grad is not None)
@@ -730,15 +727,18 @@ def evaluate(model, loader, args, processes, mirror=False, change=torch.Tensor.c
     network = fold_batch_norm(model)
     seen = []
     bar = progress("  validate", len(loader.batch_sampler.own), processes)
+    # less memory than training takes: a checkpoint is validated where it can't be trained
+    n = math.ceil(args.micro_batch / 4)
+
+    def logits_of(clips):
+        views = [clips, clips.flip(-1)] if mirror else [clips]
+        log_p = [compute(network, view, args.amp).log_softmax(1) for view in views]
+        bar.update(len(clips))
+        # the logarithm of the sum: its softmax is the mean
+        return torch.stack(log_p).logsumexp(0).cpu()
+
     for batch in loader:
-        logits = []
-        # less memory than training takes: a checkpoint is validated where it can't be trained
-        for clips in change(batch.clips).split(math.ceil(args.micro_batch / 4)):
-            views = [clips, clips.flip(-1)] if mirror else [clips]
-            log_p = [compute(network, view, args.amp).log_softmax(1) for view in views]
-            # the logarithm of the sum: its softmax is the mean
-            logits.append(torch.stack(log_p).logsumexp(0).cpu())
-            bar.update(len(clips))
+        logits, n = what_fits(logits_of, n, change(batch.clips))
         seen.append((torch.cat(logits), batch.labels, batch.videos, batch.centred))
     bar.close()
     columns = zip(*processes.gather(seen), strict=True)
@@ -1183,7 +1183,7 @@ def try_out(model, data, criterion, optimizer, args, processes):
     losses = []
     for _ in range(2):
         torch.manual_seed(args.seed)  # the same dropout
-        sums = gradients_that_fit(model, batch, criterion, args, 0.25, bar)
+        sums = gradients(model, batch, criterion, args, 0.25, bar)
         losses.append(sums[0] / sums[2])
         apply_gradients(model, optimizer, learning_rate(0, 100, args))
     bar.close()
@@ -1234,9 +1234,10 @@ def main(argv=None):
     else:
         with processes.first():  # it downloads, the others find the file
             model, checkpoint = start_model(args, data)
-    own = {name: checkpoint[name] for name in ("weights", "epoch", "classes")}
-    processes.agree(**own, files=data.sizes, seed=args.seed)
+    own = {name: checkpoint[name] for name in ("epoch", "classes")}
+    processes.agree(weights=is_trained(checkpoint), **own, files=data.sizes, seed=args.seed)
     model.to(processes.device)
+    processes.from_first(model.state_dict().values())
     freeze(model, args, checkpoint)
     args.micro_batch = pick_micro_batch(args, model, processes)
     if args.evaluate:

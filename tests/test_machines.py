@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path, PureWindowsPath
 
@@ -17,7 +18,7 @@ import Dataset
 import HeatMap
 import SparseModel
 import Trainer
-from Dataset import UserError
+from Dataset import UserError, what_fits
 from SparseModel import FastConv3d, build_model, keep_freed_memory, pick_device
 
 TINY = "--size 32x48 --clip-len 4 --batch-size 4 --workers 0 --device cpu --epochs 1".split()
@@ -74,30 +75,109 @@ def test_bfloat16_is_for_cards_that_compute_it(monkeypatch, native):
         "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
     ],
 )
-def test_full_memory_is_known_by_what_each_library_says(monkeypatch, text):
-    def full(model, batch, criterion, args, *_):
-        if args.micro_batch > 2:
+def test_full_memory_is_known_by_what_each_library_says(text):
+    def full(rows):
+        if len(rows) > 2:
             raise RuntimeError(text)
-        return args.micro_batch
+        return rows.tolist()
 
-    monkeypatch.setattr(Trainer, "gradients", full)
-    args = Namespace(micro_batch=8)
-    assert Trainer.gradients_that_fit(nn.Linear(1, 1), None, None, args, 1, None) == 2
+    assert what_fits(full, 8, torch.arange(5)) == ([[0, 1], [2, 3], [4]], 2)
 
 
-def test_other_errors_are_not_taken_for_full_memory(monkeypatch):
-    def broken(*_):
+def test_other_errors_are_not_taken_for_full_memory():
+    def broken(rows):
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(Trainer, "gradients", broken)
     with pytest.raises(RuntimeError, match="shapes"):
-        Trainer.gradients_that_fit(nn.Linear(1, 1), None, None, Namespace(micro_batch=8), 1, None)
+        what_fits(broken, 8, torch.arange(5))
+
+
+class Small(nn.Module):
+    """A network in whose memory `room` clips have a place, once `calls` are not below 0."""
+
+    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    prepare = SparseModel.VideoClassifier.prepare
+    head = SparseModel.VideoClassifier.head
+
+    def __init__(self, room):
+        super().__init__()
+        self.room = room
+        self.calls = 0
+        self.features = nn.Sequential(nn.Conv3d(3, 2, 1))
+        self.pool = nn.AdaptiveAvgPool3d(1)
+        self.classifier = nn.Sequential(nn.Identity(), nn.Linear(2, 2))
+        self.features[0].register_forward_pre_hook(self.fill)
+
+    def fill(self, stage, inputs):
+        self.calls += 1
+        if len(inputs[0]) > self.room and self.calls > 0:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def forward(self, clips):
+        return self.head(self.features(clips))
+
+
+def batch_of(n):
+    clips = torch.randint(255, (n, 2, 3, 4, 4), dtype=torch.uint8)
+    return Dataset.Batch(clips, torch.arange(n) % 2, torch.arange(n), torch.ones(n).bool())
+
+
+def test_a_step_is_repeated_with_what_the_memory_holds(capsys):
+    """Anew: also the gradients of the parts before count once."""
+    model = Small(room=8)
+    batch = batch_of(7)
+    found = []
+    for model.room, full_after in ((8, 9), (2, 0), (2, 1)):
+        model.calls = -full_after
+        args = Namespace(micro_batch=4, amp=False)
+        criterion = nn.CrossEntropyLoss(reduction="sum")
+        sums = Trainer.gradients(model, batch, criterion, args, 1 / 7)
+        assert sums[2] == 7
+        found.append([args.micro_batch, [p.grad for p in model.parameters()]])
+        model.zero_grad()
+    assert [n for n, _ in found] == [4, 2, 2]
+    for _, gradients in found[1:]:
+        torch.testing.assert_close(gradients, found[0][1])
+    assert capsys.readouterr().out.count("2 clips at a time") == 2
+
+
+def test_validation_is_repeated_with_what_the_memory_holds():
+    batch = batch_of(16)
+    loader = type("Loader", (list,), {"batch_sampler": Namespace(own=range(16))})([batch])
+    model = Small(room=16)
+    figures = []
+    for model.room in (16, 1):
+        args = Namespace(micro_batch=16, amp=False)
+        figures.append(Trainer.evaluate(model, loader, args, Trainer.Processes("cpu"))[0])
+    assert figures[0] == pytest.approx(figures[1], rel=1e-5)
+
+
+def test_heat_maps_and_their_check_are_repeated_with_what_the_memory_holds():
+    clips = torch.randn(5, 3, 2, 4, 4)
+    target = torch.tensor([0, 1, 0, 1, 1])
+    found = []
+    model = Small(room=5).requires_grad_(False)
+    for model.room in (5, 1):
+        maps = HeatMap.maps_of(model, clips, ["features.0"], ["hirescam"], target)
+        found.append([*maps.values(), HeatMap.logits_of(model, clips)])
+        found[-1].append(HeatMap.occlude(model, clips[0], clips[0].mean(0), 1))
+    torch.testing.assert_close(found[0], found[1])
+    model.room = 0
+    with pytest.raises(UserError, match="memory is too small for a single clip"):
+        HeatMap.logits_of(model, clips)
 
 
 def test_a_single_value_per_channel_is_one_sentence(folder, tmp_path):
     flags = [*TINY, "--size", "32x32", "--micro-batch", "1", "--data", str(folder)]
     with pytest.raises(UserError, match="raise --size"):
         Trainer.main([*flags, "--checkpoint-dir", str(tmp_path)])
+
+    def broken(batch_logits, labels):
+        raise ValueError("no loss of this kind")
+
+    args = Namespace(micro_batch=8, amp=False)
+    with pytest.raises(ValueError, match="of this kind"):
+        Trainer.gradients(Small(room=8), batch_of(2), broken, args, 1)
 
 
 def test_validation_takes_a_quarter_of_the_clips_of_a_step():
@@ -253,6 +333,14 @@ def test_spawned_loaders_are_few(monkeypatch):
     assert Trainer.parse_args([]).workers == 2
 
 
+def test_loaders_are_shared_out_by_the_processes_of_a_node(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(Trainer, "cores", lambda: 12)
+    for processes, workers in (("1", 12), ("4", 3), ("16", 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        assert Trainer.parse_args([]).workers == workers
+
+
 # -------------------------------------------------------------------------- containers, clusters
 
 GB = 10**9
@@ -377,7 +465,16 @@ def test_loaders_do_without_dev_shm(folder, tmp_path):
 # ------------------------------------------------------------------------------- several processes
 
 
-def start_nodes(world, *flags, own=()):
+# Trainer.py without its draws of dropout, which differ from process to process
+NO_DROPOUT = """
+import Dataset, Trainer
+from torch import nn
+nn.Dropout.forward = lambda self, x: x
+Dataset.run_script(Trainer.main, "Trainer.py", "stopped")
+"""
+
+
+def start_nodes(world, *flags, own=(), program=("Trainer.py",)):
     """Trainer.py in `world` processes, as if each were alone on its machine -> their ends.
 
     own: a list of further flags for each.
@@ -390,7 +487,8 @@ def start_nodes(world, *flags, own=()):
         place = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
         process = subprocess.Popen(
-            [sys.executable, ROOT / "Trainer.py", *TINY, *map(str, flags), *map(str, own[rank])],
+            [sys.executable, *program, *TINY, *map(str, flags), *map(str, own[rank])],
+            cwd=ROOT,
             env=os.environ | {name: str(value) for name, value in place.items()},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -399,8 +497,13 @@ def start_nodes(world, *flags, own=()):
         running.append(process)
     ends = []
     try:
+        deadline = time.monotonic() + 120  # the cores may be busy
+        while all(process.poll() is None for process in running):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        # once one has ended, no other waits for it longer than 30 s
         for process in running:
-            out, err = process.communicate(timeout=60)
+            out, err = process.communicate(timeout=30)
             ends.append(subprocess.CompletedProcess([], process.returncode, out, err))
     finally:
         for process in running:
@@ -424,13 +527,39 @@ def test_a_process_without_the_checkpoint_ends_all_with_a_sentence(folder, tmp_p
 
 
 @pytest.mark.slow
-def test_three_processes_share_uneven_batches_without_a_shared_disk(folder, tmp_path):
-    """8 clips in batches of 5 are 4 and 4: of each two for one process, one for the others."""
-    flags = [["--checkpoint-dir", tmp_path / str(rank)] for rank in range(3)]
-    for done in start_nodes(3, "--data", folder, "--batch-size", 5, own=flags):
+def test_weights_under_other_names_are_those_of_process_0(folder, tmp_path, checkpoints):
+    """A home of its own for each node; the file of one may be another."""
+    best = torch.load(checkpoints["mobilenet_v2_3d"], weights_only=True)
+    for rank in (0, 1):
+        torch.save(best, tmp_path / f"{rank}.pt")
+        best["model"] = {name: value * 2 for name, value in best["model"].items()}
+    flags = [["--weights", tmp_path / f"{rank}.pt"] for rank in (0, 1)]
+    frozen = ["--freeze", "--data", folder, "--checkpoint-dir", tmp_path / "run"]
+    for done in start_nodes(2, *frozen, own=flags):
+        assert done.returncode == 0, done.stderr
+    last = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    stem = torch.load(tmp_path / "0.pt", weights_only=True)["model"]["features.0.0.weight"]
+    assert torch.equal(last["model"]["features.0.0.weight"], stem)
+
+
+@pytest.mark.slow
+def test_three_processes_share_uneven_batches_without_a_shared_disk(folder, tmp_path, monkeypatch):
+    """8 clips in batches of 5 are 4 and 4: of each two for one process, one for the others.
+
+    Each clip is normalised alone, so the figures are those of one process.
+    """
+    flags = ["--data", str(folder), "--batch-size", "5", "--micro-batch", "1", "--size", "64x96"]
+    flags += ["--lr", "0.0001"]
+    own = [["--checkpoint-dir", tmp_path / str(rank)] for rank in range(3)]
+    for done in start_nodes(3, *flags, own=own, program=("-c", NO_DROPOUT)):
         assert done.returncode == 0, done.stderr
     last = torch.load(tmp_path / "0" / "last.pt", weights_only=True)
-    right = 8 * last["metrics"]["train_top1"]
-    assert right == pytest.approx(round(right), abs=1e-6)  # shares of all eight clips
     assert last["confusion"].sum() == 2
     assert not list((tmp_path / "1").iterdir())
+    monkeypatch.setattr(nn.Dropout, "forward", lambda self, x: x)
+    Trainer.main([*TINY, *flags, "--checkpoint-dir", str(tmp_path / "alone")])
+    alone = torch.load(tmp_path / "alone" / "last.pt", weights_only=True)
+    for name in ("train_loss", "train_top1"):
+        assert last["metrics"][name] == pytest.approx(alone["metrics"][name], rel=1e-4)
+    layer = "classifier.1.weight"
+    torch.testing.assert_close(last["model"][layer], alone["model"][layer], rtol=0, atol=1e-5)

@@ -2,7 +2,6 @@
 
 import base64
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -323,6 +322,7 @@ def test_a_full_disk_leaves_no_cut_video(tmp_path):
     """The largest size of a file stands for the disk; OpenCV's writer says nothing of it."""
     path = tmp_path / "v.webm"
     frames = np.random.default_rng(0).integers(0, 256, (40, 96, 96, 3), np.uint8)
+    resource = pytest.importorskip("resource")  # Windows has none
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
     try:
