@@ -225,7 +225,7 @@ def test_memory_that_runs_out_halves_the_micro_batch_and_repeats_the_step(
         return real(self, clip)
 
     monkeypatch.setattr(VideoClassifier, "forward", tiny_memory)
-    with pytest.raises(UserError, match="--micro-batch 1"):
+    with pytest.raises(UserError, match="too small for a single clip"):
         train(*flags, tmp_path / "c")
 
 
