@@ -58,6 +58,7 @@ from Dataset import (
     run_script,
     runs,
     share_of_node,
+    some,
     what_fits,
     write_csv,
     write_png,
@@ -88,15 +89,10 @@ BACKBONE_RATE = 0.3  # factor of the learning rate below the last layer
 AVERAGE = 0.97  # share of the running average of the weights that stays when a step is added
 PRIOR = 0.25  # how much of the logarithm of the classes' shares of the videos the logits lose
 RECIPES = {
-    False: "from nothing: all stages, at the full rate",
-    True: "trained start: without the early stages, at a lower rate; the average of the weights is "
-    "validated and kept, on mirror images, too",
+    False: "from nothing, so all stages learn, at the rate --lr",
+    True: "the weights to start from stay in the early stages, the others learn slowly; their "
+    "average over the last steps is kept, and validated on mirror images, too",
 }
-
-ROOM = """\
-*** The network knows the rooms, or people who hold still: without what moves it keeps more than
-*** half of what it can. Film each exercise in several rooms; keep the videos of one together by
-*** split.csv."""
 
 # ------------------------------------------------------------------------------------------ flags
 
@@ -203,6 +199,7 @@ def parse_args(argv=None, saved=None):
         description=__doc__,
         formatter_class=TypeHelpFormatter,
     )
+    parser.set_defaults(missing=False)  # whether trained weights could not be had
     add_data_flags(parser.add_argument_group("data").add_argument)
     add_model_flags(parser.add_argument_group("model").add_argument)
     add_training_flags(parser.add_argument_group("training").add_argument)
@@ -446,24 +443,20 @@ def video_names(data, data_set):
 
 
 def check_data(args, data, checkpoint):
-    """UserError if the data has other classes or videos than the run that goes on."""
-    if [*map(nfc, checkpoint["classes"])] != data.classes:
-        raise UserError(
-            f"{args.data} has the classes {', '.join(data.classes)}, but {source(args)} was "
-            f"trained on {', '.join(checkpoint['classes'])}"
-        )
+    """UserError if the data has other classes or training videos than the run that goes on."""
+    classes = [*map(nfc, checkpoint["classes"])]
     was = checkpoint["split"]
-    now = video_names(data, data.train_set)
-    if was["train"] != now:
-        before = {*was["train"], *was["val"]}
-        found = {*now, *video_names(data, data.val_set)}
-        missing = ", ".join(sorted(before - found)[:5]) or "none"
-        new = ", ".join(sorted(found - before)[:5]) or "none"
-        raise UserError(
-            f"{args.data} does not have the training videos that {source(args)} was begun with "
-            f"(missing: {missing}; new: {new}): put them as they were, or start anew without "
-            "--resume"
-        )
+    train = video_names(data, data.train_set)
+    if (classes, was["train"]) == (data.classes, train):
+        return
+    before = {*classes, *was["train"], *was["val"]}
+    found = {*data.classes, *train, *video_names(data, data.val_set)}
+    missing = some(sorted(before - found)) or "none"
+    new = some(sorted(found - before)) or "none"
+    raise UserError(
+        f"{args.data} does not have the classes and training videos that {source(args)} was begun "
+        f"with (missing: {missing}; new: {new}): put them as they were, or start without --resume"
+    )
 
 
 def start_model(args, data):
@@ -478,47 +471,56 @@ def start_model(args, data):
         try:
             checkpoint["weights"] = load_weights(model, args.weights, args.debug)
         except OSError:
-            args.missing = args.weights == "auto"  # remembered with the flags, for the end
+            args.missing = args.weights == "auto"
             if not args.missing:
                 raise
     return model, checkpoint
 
 
-def warning(args, checkpoint):
-    """For the user, if trained weights for the network could not be had; else ""."""
-    if not getattr(args, "missing", False):
-        return ""
+def missing_weights(args):
+    """What to do where trained weights for the network could not be had."""
     return (
-        "*** The trained weights could not be had: RANDOM weights need far more videos.\n*** To "
-        f"change that, put {MODELS[args.model].url}\n*** at {weights_file(args.model)}\n"
+        f"put {MODELS[args.model].url}\n           at {weights_file(args.model)}\n"
+        "           The trained weights could not be had: RANDOM weights need far more videos"
     )
+
+
+DESCRIPTION = """\
+videos     {train} to train + {val} to validate: {counts}
+clips      {clip_len} frames, {clip_fps:g} per second, {size[0]}x{size[1]} pixels
+network    {model}, {millions:.2f} million weights, at the start {weights}
+recipe     {recipe}
+device     {world} x {device}, {micro_batch} clips at a time"""
 
 
 def describe(args, data, model, checkpoint, processes):
     """Print what is trained, on what."""
-    say = processes.say
-    say("\n".join(data.notes))
     train = Counter(segment.label for segment in data.train_set.segments)
     val = Counter(segment.label for segment in data.val_set.segments)
     counts = [f"{name} {train[i]}+{val[i]}" for i, name in enumerate(data.classes)]
-    say(f"videos     {train.total()} to train + {val.total()} to validate: {', '.join(counts)}")
+    facts = {
+        "train": train.total(),
+        "val": val.total(),
+        "counts": ", ".join(counts),
+        "millions": sum(p.numel() for p in model.parameters()) / 1e6,
+        "weights": checkpoint["weights"],
+        "recipe": RECIPES[is_trained(checkpoint)],
+        "world": processes.world,
+        "device": processes.device,
+    }
+    lines = [*data.notes, DESCRIPTION.format(**vars(args) | facts)]
     if args.class_weights != "off":
         weights = zip(data.classes, data.class_weights().tolist(), strict=True)
-        say("weights    " + ", ".join(f"{name} {weight:.2f}" for name, weight in weights))
-    say(f"clips      {args.clip_len} frames, {args.clip_fps:g} per second, {args.size} (W, H)")
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    weights = checkpoint["weights"]
-    say(f"network    {args.model}, {millions:.2f} million parameters, weights: {weights}")
-    say(f"recipe     {RECIPES[is_trained(checkpoint)]}")
+        lines.append("in loss    " + ", ".join(f"{name} {weight:.2f}" for name, weight in weights))
     if processes.device.type == "cpu" and not torch.version.cuda:
-        say("note       this build of torch can use no NVIDIA GPU")
+        lines.append("note       this build of torch can use no NVIDIA GPU")
     if "no_exercise" not in data.classes:
-        say("note       without a class no_exercise pauses, too, get the name of an exercise")
-    say(f"device     {processes.world} x {processes.device}, {args.micro_batch} clips at a time")
-    n_classes = len(data.classes)
-    loss = math.log(n_classes)
-    if checkpoint["epoch"] == 0:
-        say(f"{warning(args, checkpoint)}untrained  a loss of about ln({n_classes}) = {loss:.3f}")
+        lines.append("note       without a class no_exercise pauses, too, get an exercise's name")
+    n = len(data.classes)
+    lines.append(f"to beat    guessing: {1 / n:.0%} right, a loss of ln({n}) = {math.log(n):.3f}")
+    if args.missing and checkpoint["epoch"] == 0:
+        lines.append(f"***        {missing_weights(args)}")
+    processes.say("\n".join(lines))
 
 
 # ----------------------------------------------------------------------------------------- update
@@ -692,12 +694,10 @@ def train_epoch(model, loader, criterion, optimizer, args, processes):
             cost = duration((time.time() - started) * steps / 3)
             bar.write(f"time       about {cost} per epoch, without its validation")
     bar.close()
-    seconds = time.time() - started
 
     average_statistics(model, processes)
     loss, correct, clips = sum(processes.gather([totals])).tolist()
-    figures = {"train_loss": loss / clips, "train_top1": correct / clips}
-    return figures | {"lr": lr, "clips_per_s": clips / seconds}
+    return {"train_loss": loss / clips, "train_top1": correct / clips, "lr": lr}
 
 
 def refuse(batch, data_set, where):
@@ -732,61 +732,49 @@ def evaluate(model, loader, args, processes, mirror=False, change=torch.Tensor.c
 
     def logits_of(clips):
         views = [clips, clips.flip(-1)] if mirror else [clips]
-        log_p = [compute(network, view, args.amp).log_softmax(1) for view in views]
+        logits = [compute(network, view, args.amp).cpu() for view in views]
         bar.update(len(clips))
-        # the logarithm of the sum: its softmax is the mean
-        return torch.stack(log_p).logsumexp(0).cpu()
+        return torch.stack(logits, 1)
 
     for batch in loader:
         logits, n = what_fits(logits_of, n, change(batch.clips))
-        seen.append((torch.cat(logits), batch.labels, batch.videos, batch.centred))
+        seen.append((torch.cat(logits), batch.labels, batch.videos))
     bar.close()
     columns = zip(*processes.gather(seen), strict=True)
     return accuracies(*map(torch.cat, columns))
 
 
-def accuracies(logits, labels, videos, centred):
+def accuracies(logits, labels, videos):
     """Dict of figures (accuracies 0..1); the confusion of videos, int64 (true, predicted); scores.
 
     The scores are the probabilities of the videos, float32 (videos, classes), by their numbers.
-    Two figures are for HeatMap.py: the temperature, see `fit_temperature`, and the threshold, the
-    probability with this temperature that 95 % of the videos have.
+    Two figures are for HeatMap.py and so of the clips as they are, without mirror images: the
+    temperature, see `fit_temperature`, and the threshold, the probability with this temperature
+    that 95 % of the videos have.
 
     Args:
-        logits, labels: (clips, classes) and (clips,).
-        videos: (clips,), the number of the video, over whose clips the softmax is averaged.
-        centred: bool (clips,), one per video, for the loss and the accuracy of clips.
+        logits: (clips, views, classes), the first view is the clip as it is.
+        labels, videos: (clips,), the class and the number of the video. The softmax is averaged
+            over the clips and views of a video.
     The mean over classes leaves out those without a video.
     """
+    n_classes = logits.shape[2]
     videos, number = videos.unique(return_inverse=True)
-    n_classes = logits.shape[1]
-    scores = average(logits.softmax(1), number)
-    calibration = calibrate(logits, labels, number)
-    truth = torch.zeros(len(videos), dtype=torch.long).scatter(0, number, labels)
-    hits = scores.topk(min(5, n_classes)).indices == truth[:, None]
+    truth = torch.zeros_like(videos).scatter(0, number, labels)
+    scores = average(logits.softmax(2).mean(1), number)
     confusion = torch.bincount(truth * n_classes + scores.argmax(1), minlength=n_classes**2)
     confusion = confusion.view(n_classes, n_classes)
     recall = confusion.diag() / confusion.sum(1)  # without videos: 0 / 0
-    top1 = hits[:, 0].float()
-    top5 = hits.any(1).float()
-    logits = logits[centred]
-    labels = labels[centred]
-    clip_top1 = (logits.argmax(1) == labels).float()
+    temperature = fit_temperature(logits[:, 0], labels)
+    certainty = average((logits[:, 0] / temperature).softmax(1), number).amax(1)
     figures = {
-        "val_loss": F.cross_entropy(logits, labels),
-        "val_clip_top1": clip_top1.mean(),
-        "val_video_top1": top1.mean(),
-        "val_video_top5": top5.mean(),
+        "val_loss": F.nll_loss(scores.clamp(min=1e-30).log(), truth),
+        "val_video_top1": confusion.trace() / len(videos),
         "val_video_mean_class": recall.nanmean(),
-    } | calibration
+        "temperature": temperature,
+        "threshold": certainty.quantile(0.05),
+    }
     return {name: value.item() for name, value in figures.items()}, confusion, scores
-
-
-def calibrate(logits, labels, number):
-    """{"temperature":, "threshold":} of `accuracies`; number: (clips,) of their videos, from 0."""
-    temperature = fit_temperature(logits, labels)
-    certainty = average((logits / temperature).softmax(1), number).amax(1)
-    return {"temperature": temperature, "threshold": certainty.quantile(0.05)}
 
 
 def average(rows, number):
@@ -808,19 +796,19 @@ def fit_temperature(logits, labels):
 
 def evaluate_checkpoint(model, checkpoint, data, args, processes):
     """--evaluate: accuracies on the test videos where there are some, else on those of val."""
-    part = "test" if data.test_set else "val"
     loader = data.test_dataloader() if data.test_set else data.val_dataloader()
+    segments = loader.dataset.segments
     how = (model, loader, args, processes, is_trained(checkpoint))
     figures, confusion, scores = evaluate(*how)
     if processes.rank == 0:
         print("\n".join(data.notes))
-        print(f"{part} videos of {args.data}: {as_text(figures)}")
+        part = segments[0].part
+        print(f"{part:10} videos of {args.data}, loss {figures['val_loss']:.4f}")
         stem = f"{args.evaluate.stem}_{part}_confusion"
         report(confusion, data.classes, args.evaluate.with_name(stem))
         if (Path(args.data) / "labels").is_dir():
             temperature = checkpoint.get("metrics", {}).get("temperature", 1.0)
-            scores = (scores.log() / temperature).softmax(1).numpy()
-            print_when(loader.dataset.segments, scores)
+            print_when(segments, (scores.log() / temperature).softmax(1).numpy())
     check_room(figures[ACCURACY], how)
 
 
@@ -836,20 +824,23 @@ def edit_score(truth, predicted):
     return 1 - row[-1] / max(len(truth), len(predicted))
 
 
+def run_numbers(labels):
+    """int (n,): 0 for the moments of the first run of equal labels (n,), then 1, ..."""
+    return np.cumsum(np.diff(labels, prepend=labels[0]) != 0)
+
+
 def found_runs(truth, predicted, overlap):
     """How many runs of true labels (n,) a run of the predicted ones meets.
 
     That is, it has the label, and no other so large an intersection over union: at least `overlap`.
     """
-    found = set()
-    for a, b in runs(predicted):
-        shares = [(0.0, None)]
-        for c, d in runs(truth):
-            share = (min(b, d) - max(a, c)) / (max(b, d) - min(a, c))
-            if truth[c] == predicted[a] and share >= overlap:
-                shares.append((share, c))
-        found.add(max(shares)[1])
-    return len(found - {None})
+    rows = run_numbers(truth)
+    columns = run_numbers(predicted)
+    common = np.zeros((rows[-1] + 1, columns[-1] + 1))
+    np.add.at(common, (rows, columns), truth == predicted)
+    union = np.bincount(rows)[:, None] + np.bincount(columns) - common
+    shares = common / union
+    return len(set(shares.argmax(0)[shares.max(0) >= overlap]))
 
 
 def when_figures(truth, predicted):
@@ -870,12 +861,13 @@ def print_when(segments, scores):
     segments: windows of recordings, each with the label of its middle. scores: (segments, classes),
     their probabilities. The figures are means over the recordings.
     """
-    order = sorted(range(len(segments)), key=lambda i: (segments[i].path, segments[i].start))
+    recordings = defaultdict(list)
+    for i in sorted(range(len(segments)), key=lambda i: segments[i].start):
+        recordings[segments[i].path].append(i)
     for title, cost in (("smoothed", COST), ("raw", 0.0)):
         figures = []
-        for _, own in itertools.groupby(order, key=lambda i: segments[i].path):
-            own = list(own)
-            truth = [segments[i].label for i in own]
+        for own in recordings.values():
+            truth = np.array([segments[i].label for i in own])
             figures.append(when_figures(truth, best_path(scores[own], cost)))
         right, edit, *f1 = np.mean(figures, axis=0)
         f1 = ", ".join(f"{value:.1%}" for value in f1)
@@ -906,36 +898,46 @@ def without_person(clips):
 
 
 def check_room(accuracy, how):
-    """Print what is left of the accuracy of `evaluate(*how)` without the movement or the person."""
+    """Print what is left of the accuracy of `evaluate(*how)` without the movement or the person.
+
+    Returns whether that is more than half of what it has beyond chance.
+    """
     still, *_ = evaluate(*how, middle_frame)
     room, confusion, _ = evaluate(*how, without_person)
     left = room[ACCURACY]
     chance = 1 / len(confusion)
     how[3].say(
-        f"room       {accuracy:.1%} per class; {still[ACCURACY]:.1%} of the middle frame alone, "
-        f"{left:.1%} without the person, {chance:.1%} by chance"
+        f"room       {accuracy:.1%} right per class; {still[ACCURACY]:.1%} from one frame alone, "
+        f"{left:.1%} with the person wiped out, {chance:.1%} by guessing"
     )
     gain = accuracy - chance
-    # more than half of the gain, if there is one to speak of
-    if gain > 0.05 and left - chance > gain / 2:
-        how[3].say(ROOM)
-
-
-def as_text(figures):
-    return ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+    knows = gain > 0.05 and left - chance > gain / 2  # if there is a gain to speak of
+    if knows:
+        how[3].say("           It knows the rooms, or people who hold still, more than movements")
+    return knows
 
 
 # ------------------------------------------------------------------------------------ keep, report
 
-# What is written beside the checkpoints
+GO_ON = """\
+from       {file} after epoch {epoch}, until {epochs}, by which the learning rate falls"""
 EPOCH = (
     "epoch {epoch}: loss {train_loss:.3f}, validation {val_loss:.3f}; right {train_top1:.0%} of "
     "clips, validation {val_video_top1:.0%} of videos, {val_video_mean_class:.1%} per class; "
-    "{clips_per_s:.1f} clips per s, {seconds:.0f} s; {left} left"
+    "{seconds:.0f} s, {left} left"
 )
-REPORTS = ["metrics.csv", "confusion.csv", "confusion.png", "curves.png", "mistakes.png"]
-REPORTS.append("predictions.csv")
+REPORT = """\
+right      {right} of {n} videos, {accuracy:.0%} (95 % interval {low:.0%} to {high:.0%})
+to beat    guessing {chance:.0%}, always the largest class {largest:.0%}"""
+VERDICT = """\
+curves     {verdict}: {train_top1:.0%} of the training clips, {val_video_top1:.0%} of the \
+validation videos right at the end
+too few    to train on, under {limit}: {few}"""
+# What is written beside the checkpoints
+REPORTS = "confusion.png curves.png mistakes.png predictions.csv confusion.csv metrics.csv".split()
 FEW = 20  # videos to train a class on
+LEARNING = "it is still learning"
+BY_HEART = "it learns the training videos by heart"
 
 
 def move_aside(folder):
@@ -952,7 +954,15 @@ def move_aside(folder):
         aside.mkdir()
         for path in old:
             path.rename(aside / path.name)
-    print(f"moved      the run before to {aside}")
+    networks = sorted(map(str, aside.glob("*.pt")))
+    print(f"moved      the run before to {aside}; it is now {', '.join(networks)}")
+
+
+def go_on(args, *flags):
+    """The command that goes on with this run."""
+    return shlex.join(
+        ["python", "Trainer.py", "--resume", "--checkpoint-dir", str(args.checkpoint_dir), *flags]
+    )
 
 
 @contextmanager
@@ -964,9 +974,9 @@ def saying_what_is_kept(args, data, checkpoint, processes):
         epoch = checkpoint["epoch"]
         if not epoch:
             raise KeyboardInterrupt("stopped in the first epoch: nothing is kept") from stop
-        finish(args, data, checkpoint, processes)
-        command = shlex.join(["--resume", "--checkpoint-dir", str(args.checkpoint_dir)])
-        text = f"stopped; epoch {epoch} is kept: go on with python Trainer.py {command}"
+        if processes.rank == 0:
+            finish(args, data, checkpoint)
+        text = f"stopped; epoch {epoch} is kept: go on with {go_on(args)}"
         raise KeyboardInterrupt(text) from stop
 
 
@@ -1004,38 +1014,36 @@ def keep(checkpoint, figures, details, model, optimizer, args):
 def wilson(right, n):
     """The 95 % interval of a share, `right` of `n` (Wilson, 1927)."""
     z = 1.96
-    middle = right + z**2 / 2
     spread = z * math.sqrt(right * (n - right) / n + z**2 / 4)
-    return (middle - spread) / (n + z**2), (middle + spread) / (n + z**2)
+    ends = (right + z**2 / 2 - spread, right + z**2 / 2 + spread)
+    return [end / (n + z**2) for end in ends]
 
 
 def report(confusion, classes, stem):
     """Print accuracies and the three worst confusions of videos; write stem.csv and stem.png."""
-    right = confusion.diag().sum().item()
-    n = confusion.sum().item()
-    low, high = wilson(right, n)
-    largest = (confusion.sum(1).max() / n).item()
-    print(
-        f"right      {right} of {n} videos, {right / n:.0%} (95 % interval {low:.0%} to {high:.0%})"
-    )
-    print(f"beside     guessing {1 / len(classes):.0%}, always the largest class {largest:.0%}")
-    if low <= largest:
-        print(
-            "*** Too few videos, or too few right, to say that it is better than the largest class"
-        )
     rows = confusion.tolist()
     counts = confusion.sum(1).tolist()
+    n = sum(counts)
+    right = confusion.trace().item()
+    low, high = wilson(right, n)
+    largest = max(counts) / n
+    facts = {"accuracy": right / n, "chance": 1 / len(classes), "largest": largest}
+    print(REPORT.format(right=right, n=n, low=low, high=high, **facts))
+    if low <= largest:
+        print("           too few videos, or too few right, to be sure that it does")
     for i, name in enumerate(classes):
-        accuracy = f"{rows[i][i] / counts[i]:8.1%}" if counts[i] else ""
-        print(f"  {name:20} {rows[i][i]:4} of {counts[i]:4} videos{accuracy}")
-    errors = [(n, i, j) for (i, j), n in np.ndenumerate(confusion) if i != j and n]
-    for n, i, j in sorted(errors, reverse=True)[:3]:
-        print(f"confused   {classes[i]} taken for {classes[j]}: {n} of {counts[i]}")
+        if counts[i]:
+            share = rows[i][i] / counts[i]
+            print(f"  {name:20} {rows[i][i]:4} of {counts[i]:4} videos{share:8.1%}")
+    errors = [(k, i, j) for (i, j), k in np.ndenumerate(confusion) if i != j and k]
+    for k, i, j in sorted(errors, reverse=True)[:3]:
+        print(f"confused   {classes[i]} taken for {classes[j]}: {k} of {counts[i]}")
 
     table = [[name, *row] for name, row in zip(classes, rows, strict=True)]
     write_csv(stem.with_suffix(".csv"), [["true / predicted", *classes], *table])
-    write_png(stem.with_suffix(".png"), confusion_picture(confusion.numpy(), classes))
-    print(f"tables     {stem}.csv, and as a picture {stem}.png")
+    title = f"{right} of {n} videos right"
+    picture = confusion_picture(confusion.numpy(), drawable(classes), title)
+    write_png(stem.with_suffix(".png"), picture)
 
 
 CELL = 44  # pixels
@@ -1047,10 +1055,9 @@ def put_text(picture, text, x, y, colour=(0, 0, 0)):
     cv2.putText(picture, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, 0.5, colour, 1, cv2.LINE_AA)
 
 
-def confusion_picture(confusion, classes):
+def confusion_picture(confusion, classes, title):
     """uint8 BGR: one row per true class, deeper for a larger share of it, red for wrong."""
-    classes = drawable(classes)
-    margin = 20 + 10 * max(map(len, classes))
+    margin = 70 + 10 * max(10, *map(len, classes))
     side = margin + CELL * len(classes)
     picture = np.full((side, side, 3), 255, np.uint8)
 
@@ -1059,57 +1066,62 @@ def confusion_picture(confusion, classes):
         put_text(picture, name, 10, margin + CELL * i + 28)
     names = picture[margin:, :margin]
     picture[:margin, margin:] = cv2.rotate(names, cv2.ROTATE_90_COUNTERCLOCKWISE)
+    put_text(picture, title, 10, 20)
+    put_text(picture, "predicted:", margin, 45)
+    put_text(picture, "true:", 10, margin - 10)
 
     # cells
     for (i, j), count in np.ndenumerate(confusion):
-        top = margin + CELL * i
-        left = margin + CELL * j
-        cell = picture[top : top + CELL - 1, left : left + CELL - 1]
+        x = margin + CELL * j
+        y = margin + CELL * i
         ink = RIGHT if i == j else WRONG
-        cell[:] = 245 - ink * count / max(1, confusion[i].sum())
+        colour = 245 - ink * count / max(1, confusion[i].sum())
+        cv2.rectangle(picture, (x, y, CELL - 1, CELL - 1), colour.tolist(), cv2.FILLED)
         if count:
-            put_text(cell, str(count), 10, 28)
+            put_text(picture, str(count), x + 10, y + 28)
     return picture
 
 
 BLUE = (200, 120, 0)
 RED = (0, 0, 220)
-GREEN = (0, 150, 0)
-# Figure of the history, what it is called, place of its panel, colour
+# Figure of the history, what it is called, place of its panel, colour and width of the line. What
+# is thin is drawn on what is wide: where two are the same both are seen
 CURVES = [
-    ("train_loss", "training loss", 0, BLUE),
-    ("val_loss", "validation loss", 0, RED),
-    ("train_top1", "training clips right", 600, BLUE),
-    ("val_video_top1", "validation videos right", 600, RED),
-    ("val_video_mean_class", "mean over classes", 600, GREEN),
+    ("train_loss", "training loss", 0, BLUE, 2),
+    ("val_loss", "validation loss", 0, RED, 2),
+    ("chance", "guessing", 600, (150, 150, 150), 1),
+    ("train_top1", "training clips right", 600, BLUE, 2),
+    ("val_video_mean_class", "validation, mean over classes", 600, (120, 210, 120), 6),
+    ("val_video_top1", "validation videos right", 600, RED, 2),
 ]
 
 
-def draw_curves(history, path):
-    """Write a picture of losses (from 0 to the largest) and accuracies, and say what they mean."""
-    losses = [row["val_loss"] for row in history]
-    top = max(*losses, *(row["train_loss"] for row in history))
+def draw_curves(history, chance, path):
+    """Write a picture of losses (from 0 to the largest) and accuracies (to 100 %)."""
+    top = max(max(row["train_loss"], row["val_loss"]) for row in history)
     picture = np.full((400, 1200, 3), 255, np.uint8)
-    for i, (name, meaning, left, colour) in enumerate(CURVES):
-        shares = np.array([row[name] for row in history]) / (1 if left else top)
+    for i, (name, meaning, left, colour, width) in enumerate(CURVES):
+        shares = np.array([row.get(name, chance) for row in history]) / (1 if left else top)
         points = np.stack([np.linspace(50, 580, len(shares)) + left, 370 - 260 * shares], axis=1)
-        points = points.round().astype(int)
-        cv2.polylines(picture, [points], False, colour, 2, cv2.LINE_AA)
-        for point in points.tolist():  # a single epoch is no line
-            cv2.circle(picture, point, 3, colour, cv2.FILLED, cv2.LINE_AA)
-        put_text(picture, meaning, left + 50, 20 + 20 * (i % 3), colour)
-        put_text(picture, "1.0" if left else f"{top:.1f}", left + 10, 115)
+        points = points.round().astype(np.int32)
+        cv2.polylines(picture, [points], False, colour, width, cv2.LINE_AA)
+        cv2.polylines(picture, points[:, None], True, colour, width + 4)  # one epoch is no line
+        put_text(picture, meaning, left + 50, 20 + 20 * (i % 4), colour)
+        put_text(picture, "100%" if left else f"{top:.1f}", left + 5, 115)
         put_text(picture, f"0    epoch 1 to {len(history)}", left + 30, 390)
     write_png(path, picture)
-    last = history[-1]
-    lowest = 1 + losses.index(min(losses))
-    verdict = "it learnt what it can from these videos"
-    if last["train_top1"] > max(0.8, last["val_video_top1"] + 0.2):
-        verdict = "it learns the training videos by heart: more videos help, epochs don't"
-    elif lowest > 0.8 * len(history) or last["train_top1"] < 0.6:
-        verdict = "it is still learning: more --epochs help"
-    right = f"{last['train_top1']:.0%} of the training videos are right"
-    print(f"curves     {verdict} ({right}; the validation loss was lowest in epoch {lowest})")
+
+
+def read_curves(history):
+    """What the last accuracies say about the training; "" after one epoch."""
+    train = history[-1]["train_top1"]
+    if len(history) == 1:
+        return "one epoch says nothing yet"
+    if train < 0.8:
+        return LEARNING
+    if train > history[-1]["val_video_top1"] + 0.2:
+        return BY_HEART
+    return "it learnt what it can from these videos"
 
 
 def explain_videos(scores, data, folder):
@@ -1121,7 +1133,7 @@ def explain_videos(scores, data, folder):
     highest, predicted = scores.max(1)
     table = []
     strips = []
-    right = [str(segments[0].path)]
+    right = []
     for i in highest.argsort(descending=True).tolist():
         file = str(segments[i].path)
         true = data.classes[segments[i].label]
@@ -1136,28 +1148,47 @@ def explain_videos(scores, data, folder):
     if strips:
         times = np.arange(data.clip.length) / data.clip.fps
         write_png(folder / "mistakes.png", film(strips, times))
-    return right[:2][-1]
+    return [*right, str(segments[0].path)][0]
 
 
-def finish(args, data, checkpoint, processes):
-    """Print how good the best epoch is, and what to do next."""
-    if processes.rank > 0:
-        return
+def too_few(data):
+    """ "class videos, ..." of the classes with too few videos to train on."""
+    counts = Counter(segment.label for segment in data.train_set.segments)
+    few = [f"{name} {counts[i]}" for i, name in enumerate(data.classes) if counts[i] < FEW]
+    return ", ".join(few)
+
+
+def finish(args, data, checkpoint):
+    """Print how good the best epoch is, and write what there is to look at."""
     folder = args.checkpoint_dir
     best = folder / f"{args.model}.pt"
     history = checkpoint["history"]
     epoch = checkpoint.get("best_epoch", "of before")
-    print(f"{warning(args, checkpoint)}best       epoch {epoch} of {len(history)}, kept in {best}")
+    print(f"best       epoch {epoch} of {len(history)}, kept in {best}")
     report(checkpoint["confusion"], data.classes, folder / "confusion")
-    draw_curves(history, folder / "curves.png")
-    counts = Counter(segment.label for segment in data.train_set.segments)
-    few = [f"{name} {counts[i]}" for i, name in enumerate(data.classes) if counts[i] < FEW]
-    if few:
-        print(f"too few    to train, under {FEW}: {', '.join(few)}")
+    draw_curves(history, 1 / len(data.classes), folder / "curves.png")
+    few = too_few(data) or "no class"
+    print(VERDICT.format(verdict=read_curves(history), limit=FEW, few=few, **history[-1]))
     if "scores" in checkpoint:
         video = explain_videos(checkpoint["scores"], data, folder)
-        print(f"look at    curves.png, mistakes.png, predictions.csv in {folder}")
-        print(f"try next   python HeatMap.py {shlex.join([video, '--checkpoint', str(best)])}")
+        print(f"heat-map   python HeatMap.py {shlex.join([video, '--checkpoint', str(best)])}")
+    written = [name for name in REPORTS if (folder / name).exists()]
+    print(f"look at    in {folder}: {', '.join(written)}")
+
+
+def first_step(args, data, checkpoint, knows_room):
+    """What to do first, of all that could be done: what costs least comes first."""
+    history = checkpoint["history"]
+    verdict = read_curves(history)
+    if args.missing:
+        return missing_weights(args)
+    if verdict == LEARNING:
+        return f"{go_on(args, '--epochs', str(2 * len(history)))} (it is still learning)"
+    if knows_room:
+        return "film each exercise in several rooms; keep the videos of one together by split.csv"
+    if verdict == BY_HEART or too_few(data):
+        return "film more videos of more people, above all of the classes with too few"
+    return "try it on new videos, of people it has not seen"
 
 
 # ------------------------------------------------------------------------------------------- debug
@@ -1179,22 +1210,25 @@ def try_out(model, data, criterion, optimizer, args, processes):
 
     # one step
     batch = collate(samples[:4])
-    bar = progress("one step, seen twice", 2 * len(batch.clips), processes)
+    n = len(batch.clips)
+    bar = progress("one step, seen twice", 2 * n, processes)
     losses = []
     for _ in range(2):
         torch.manual_seed(args.seed)  # the same dropout
-        sums = gradients(model, batch, criterion, args, 0.25, bar)
-        losses.append(sums[0] / sums[2])
+        loss, *_ = gradients(model, batch, criterion, args, 1 / n, bar)
+        losses.append(loss / n)
         apply_gradients(model, optimizer, learning_rate(0, 100, args))
     bar.close()
     before, after = losses
     if after >= before:
         raise UserError(f"the loss rose from {before:.3f} to {after:.3f} in one step: lower --lr")
-    n = len(segments) + len(data.val_set.segments)
-    print(f"all right  read {n} videos, one step, loss fell from {before:.3f} to {after:.3f}")
-    print(f"look at    {folder}/*.png: are people in the box, upright, in true colours?")
+    count = len(segments) + len(data.val_set.segments)
     command = re.sub(r"--debug[ =]?(true|yes|1)? ?", "", args.command, flags=re.IGNORECASE)
-    print(f"next       python Trainer.py {command}")
+    print(
+        f"all right  read {count} videos, one step, loss fell from {before:.3f} to {after:.3f}\n"
+        f"look at    {folder}/*.png: are people in the box, upright, in true colours?\n"
+        f"next       python Trainer.py {command}"
+    )
 
 
 # -------------------------------------------------------------------------------------------- main
@@ -1223,17 +1257,13 @@ def main(argv=None):
     data = find_data(args, processes, checkpoint)
 
     # network
-    if checkpoint:
-        processes.say(
-            f"from       {source(args)}, epoch {checkpoint['epoch']}: {in_words(fixed(args))}"
-        )
-        if not args.evaluate:
-            with processes.together():
-                check_data(args, data, checkpoint)
-            processes.say(f"until      epoch {args.epochs}, by which the learning rate falls")
-    else:
+    if not checkpoint:
         with processes.first():  # it downloads, the others find the file
             model, checkpoint = start_model(args, data)
+    elif not args.evaluate:
+        with processes.together():
+            check_data(args, data, checkpoint)
+        processes.say(GO_ON.format(file=source(args), **checkpoint | vars(args)))
     own = {name: checkpoint[name] for name in ("epoch", "classes")}
     processes.agree(weights=is_trained(checkpoint), **own, files=data.sizes, seed=args.seed)
     model.to(processes.device)
@@ -1270,8 +1300,10 @@ def main(argv=None):
                 details = {"confusion": confusion, "scores": scores}
                 keep(checkpoint, figures, details, kept, optimizer, args)
 
-    check_room(load_best(kept, args, processes), how)
-    finish(args, data, checkpoint, processes)
+    knows_room = check_room(load_best(kept, args, processes), how)
+    if processes.rank == 0:
+        finish(args, data, checkpoint)
+        print(f"do first   {first_step(args, data, checkpoint, knows_room)}")
 
 
 if __name__ == "__main__":
