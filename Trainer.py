@@ -1183,7 +1183,7 @@ def first_step(args, data, checkpoint, knows_room):
     if args.missing:
         return missing_weights(args)
     if verdict == LEARNING:
-        return f"{go_on(args, '--epochs', str(2 * len(history)))} (it is still learning)"
+        return f"more epochs: {go_on(args, '--epochs', str(2 * len(history)))}"
     if knows_room:
         return "film each exercise in several rooms; keep the videos of one together by split.csv"
     if verdict == BY_HEART or too_few(data):
