@@ -175,7 +175,6 @@ def add_training_flags(add):
     add("--batch-size", type=COUNT, default=16, help="clips per update, over all processes")
     add("--micro-batch", type=NUMBER, default=0, help="clips at a time; 0: all, on a CPU 5 GB")
     add("--lr", type=REAL, default=0.003, help="peak learning rate of AdamW")
-    add("--backbone-lr", type=REAL, help="factor below the last layer; None: 0.3 if trained")
     add("--weight-decay", type=REAL, default=0.02, help="on convolutions and the last layer")
     add("--warmup", type=REAL, default=3.0, help="epochs to the peak, then a cosine to 1 %% of it")
     add("--class-weights", type=str, choices=("off", "inverse"), default="off", help="in the loss")
@@ -229,10 +228,10 @@ def settings(argv):
     if args.evaluate or saved.get("on_gpu", args.on_gpu) != args.on_gpu:
         saved.pop("micro_batch", None)  # another kind of device has other memory
     args = parse_args(argv, saved)
-    kept = {name: saved[name] for name, value in fixed(args).items() if value != saved[name]}
-    if kept:
-        print(f"kept       {in_words(kept)}: these can't be changed any more")
-    vars(args).update(kept)
+    for name in OF_NETWORK if args.evaluate else OF_RUN:
+        if getattr(args, name) != saved[name]:
+            print(f"kept       {name} {saved[name]}, which can't be changed any more")
+            setattr(args, name, saved[name])
     return args, model.requires_grad_(True), checkpoint
 
 
@@ -243,15 +242,6 @@ def source(args):
 
 def remembered(flags):
     return {name: value for name, value in flags.items() if name not in OF_START}
-
-
-def fixed(args):
-    """{flag: value} of those that the file decides."""
-    return {name: getattr(args, name) for name in (OF_NETWORK if args.evaluate else OF_RUN)}
-
-
-def in_words(flags):
-    return ", ".join(f"{name} {value}" for name, value in flags.items())
 
 
 # -------------------------------------------------------------------------------------- processes
@@ -579,9 +569,7 @@ def start_criterion(args, data, device):
 
 def start_optimizer(model, args, checkpoint):
     """AdamW; no decay on batch norm and biases, a lower rate for a trained backbone."""
-    backbone = args.backbone_lr
-    if backbone is None:
-        backbone = BACKBONE_RATE if is_trained(checkpoint) else 1.0
+    backbone = BACKBONE_RATE if is_trained(checkpoint) else 1.0
     groups = []
     for part, factor in ((model.features, backbone), (model.classifier, 1.0)):
         kernels = [p for p in part.parameters() if p.ndim > 1]
@@ -906,14 +894,10 @@ def check_room(accuracy, how):
     room, confusion, _ = evaluate(*how, without_person)
     left = room[ACCURACY]
     chance = 1 / len(confusion)
-    how[3].say(
-        f"room       {accuracy:.1%} right per class; {still[ACCURACY]:.1%} from one frame alone, "
-        f"{left:.1%} with the person wiped out, {chance:.1%} by guessing"
-    )
     gain = accuracy - chance
     knows = gain > 0.05 and left - chance > gain / 2  # if there is a gain to speak of
-    if knows:
-        how[3].say("           It knows the rooms, or people who hold still, more than movements")
+    facts = {"accuracy": accuracy, "still": still[ACCURACY], "left": left, "chance": chance}
+    how[3].say(ROOM.format(**facts, verdict=KNOWS if knows else ""))
     return knows
 
 
@@ -933,6 +917,10 @@ VERDICT = """\
 curves     {verdict}: {train_top1:.0%} of the training clips, {val_video_top1:.0%} of the \
 validation videos right at the end
 too few    to train on, under {limit}: {few}"""
+ROOM = """\
+room       {accuracy:.1%} right per class; {still:.1%} from one frame alone, {left:.1%} with the \
+person wiped out, {chance:.1%} by guessing{verdict}"""
+KNOWS = "\n           It knows the rooms, or people who hold still: film in other rooms, too"
 # What is written beside the checkpoints
 REPORTS = "confusion.png curves.png mistakes.png predictions.csv confusion.csv metrics.csv".split()
 FEW = 20  # videos to train a class on
@@ -992,11 +980,14 @@ def keep(checkpoint, figures, details, model, optimizer, args):
     """
     folder = args.checkpoint_dir
     epoch = checkpoint["epoch"] + 1
-    row = {name: round(value, 6) for name, value in figures.items()}
-    history = [*checkpoint["history"], {"epoch": epoch} | row]
-    flags = remembered(vars(args))
-    kept = checkpoint | {"epoch": epoch, "history": history, "metrics": figures, "args": flags}
-    kept["model"] = model.state_dict()
+    row = {"epoch": epoch} | {name: round(value, 6) for name, value in figures.items()}
+    kept = checkpoint | {
+        "epoch": epoch,
+        "history": [*checkpoint["history"], row],
+        "metrics": figures,
+        "args": remembered(vars(args)),
+        "model": model.state_dict(),
+    }
     raw = kept.pop("raw", {})
     score = [figures[ACCURACY], -figures["val_loss"]]
     if score > checkpoint["best"]:
@@ -1004,9 +995,9 @@ def keep(checkpoint, figures, details, model, optimizer, args):
         save(folder / f"{args.model}.pt", kept)
     save(folder / "last.pt", kept | {"optimizer": optimizer.state_dict(), "raw": raw})
     checkpoint.update(kept)
-    names = list(history[-1])
+    table = [map(old.get, row) for old in kept["history"]]
     try:
-        write_csv(folder / "metrics.csv", [names, *(map(row.get, names) for row in history)])
+        write_csv(folder / "metrics.csv", [row, *table])
     except UserError as error:  # as when Excel has it open: no reason to stop
         print(f"note       {error}")
 
@@ -1129,26 +1120,25 @@ def explain_videos(scores, data, folder):
 
     scores: (videos, classes), the probabilities of the validation videos.
     """
-    segments = data.val_set.segments
-    highest, predicted = scores.max(1)
     table = []
     strips = []
-    right = []
+    sheet = folder / "mistakes.png"
+    sheet.unlink(missing_ok=True)  # of an epoch before
+    highest, predicted = scores.max(1)
     for i in highest.argsort(descending=True).tolist():
-        file = str(segments[i].path)
-        true = data.classes[segments[i].label]
+        segment = data.val_set.segments[i]
+        true = data.classes[segment.label]
         guess = data.classes[predicted[i]]
-        table.append((file, true, guess, f"{highest[i]:.3f}"))
-        if true == guess:
-            right.append(file)
-        elif len(strips) < 6:
-            text = f"{true} taken for {guess}, {highest[i]:.0%}: {file}"
+        table.append((segment.path, true, guess, f"{highest[i]:.3f}"))
+        if true != guess and len(strips) < 6:
+            text = f"{true} taken for {guess}, {highest[i]:.0%}: {segment.path}"
             strips.append((text, bgr(data.val_set.middle_clip(i))))
     write_csv(folder / "predictions.csv", [("file", "true", "predicted", "probability"), *table])
     if strips:
         times = np.arange(data.clip.length) / data.clip.fps
-        write_png(folder / "mistakes.png", film(strips, times))
-    return [*right, str(segments[0].path)][0]
+        write_png(sheet, film(strips, times))
+    right = [str(path) for path, true, guess, _ in table if true == guess]
+    return [*right, str(table[0][0])][0]
 
 
 def too_few(data):
@@ -1173,7 +1163,7 @@ def finish(args, data, checkpoint):
         video = explain_videos(checkpoint["scores"], data, folder)
         print(f"heat-map   python HeatMap.py {shlex.join([video, '--checkpoint', str(best)])}")
     written = [name for name in REPORTS if (folder / name).exists()]
-    print(f"look at    in {folder}: {', '.join(written)}")
+    print(f"look at    {', '.join(written)} in {folder}")
 
 
 def first_step(args, data, checkpoint, knows_room):
@@ -1184,10 +1174,8 @@ def first_step(args, data, checkpoint, knows_room):
         return missing_weights(args)
     if verdict == LEARNING:
         return f"more epochs: {go_on(args, '--epochs', str(2 * len(history)))}"
-    if knows_room:
-        return "film each exercise in several rooms; keep the videos of one together by split.csv"
-    if verdict == BY_HEART or too_few(data):
-        return "film more videos of more people, above all of the classes with too few"
+    if knows_room or verdict == BY_HEART or too_few(data):
+        return "film more: other people, other rooms; keep those of one together by split.csv"
     return "try it on new videos, of people it has not seen"
 
 
