@@ -31,7 +31,7 @@ from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from itertools import pairwise, product
 from pathlib import Path
 from threading import Lock
@@ -42,7 +42,7 @@ os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # a broken file is report
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 # torchvision.transforms.v2 is imported where it is used: it loads torch's compiler, 2 s that --help
@@ -57,6 +57,7 @@ CONTAINERS = set(
 )
 PICTURES = set(".jpg .jpeg .png .heic .webp .bmp .tif .tiff".split())
 TOLERANCE = 0.001  # seconds: a frame that starts this much before a time counts as starting then
+DEBUG_DIR = Path("debug_output")
 GREY = (124, 116, 104)  # ImageNet's mean in RGB, which is about 0 to the network
 
 
@@ -236,19 +237,19 @@ def film(rows, times):
     """
     step = math.ceil(len(times) / 8)
     room = min(296, 6000 // len(rows))  # pixels for a picture
-    parts = []
+    lines = []
     for text, pictures in rows:
         cells = []
         for picture, time in zip(pictures[::step], times[::step], strict=False):
             height, width = picture.shape[:2]
             cell = cv2.resize(picture, (room, room * height // width))
             write(cell, [f"{time:.1f} s"], 18)
-            cells.append(np.pad(cell, ((0, 0), (0, 4), (0, 0))))
+            cells.append(np.pad(cell, ((36, 0), (0, 4), (0, 0))))
         line = np.hstack(cells)
-        head = np.full((36, line.shape[1], 3), DARK, np.uint8)
-        write(head, [text], 24)
-        parts += [head, line]
-    return np.vstack(parts)
+        line[:36] = DARK
+        write(line, [text], 24)
+        lines.append(line)
+    return np.vstack(lines)
 
 
 def run_script(main, name, stopped):
@@ -289,30 +290,28 @@ ClipFormat = namedtuple("ClipFormat", "size length fps")
 # and it is read from its start; or it is interlaced, which can't be jumped in
 JUMPING, IN_ORDER, DEINTERLACED = "jumping", "in order", "deinterlaced"
 OPENING = Lock()  # FFmpeg's options for a file are in the environment, which all threads share
+OPTIONS = "OPENCV_FFMPEG_CAPTURE_OPTIONS"
 
 
 def open_capture(path, threads=1, filters=None):
     """cv2.VideoCapture of a file, through filters of FFmpeg if they are given."""
     name = os.path.abspath(path)  # FFmpeg takes what is before a colon for a protocol
-    options = {}
-    if filters:
-        for special in (r"([\\':])", r"([\\'\[\],;])"):  # of the value, then of the graph
-            name = re.sub(special, r"\\\1", name)
-        name = f"movie={name},{filters}"
-        options["OPENCV_FFMPEG_CAPTURE_OPTIONS"] = "input_format;lavfi"
-    parameters = [cv2.CAP_PROP_N_THREADS, threads]
     with OPENING:
-        os.environ.update(options)
+        if filters:
+            for special in (r"([\\':])", r"([\\'\[\],;])"):  # of the value, then of the graph
+                name = re.sub(special, r"\\\1", name)
+            name = f"movie={name},{filters}"
+            os.environ[OPTIONS] = "input_format;lavfi"
         # bytes: OpenCV crashes on names that are not UTF-8
+        parameters = [cv2.CAP_PROP_N_THREADS, threads]
         capture = cv2.VideoCapture(os.fsencode(name), cv2.CAP_FFMPEG, parameters)
-        for option in options:
-            del os.environ[option]
+        os.environ.pop(OPTIONS, None)
     return capture
 
 
-@lru_cache
-def is_interlaced(path, changed):
-    """Whether a frame of the file, last changed at the time `changed`, is flagged as interlaced.
+@cache
+def is_interlaced(path):
+    """Whether a frame of the file is flagged as interlaced.
 
     OpenCV 4.13 to 5.0 can't convert such a frame: `retrieve` returns True, and what the memory held
     before. Where this OpenCV has no filters, the answer is False.
@@ -334,9 +333,9 @@ class VideoReader:
         self.shape = None
         if not self.path.is_file():
             raise UserError(f"{path} does not exist or is not a file")
-        if way is None and is_interlaced(self.path, self.path.stat().st_mtime_ns):
-            way = DEINTERLACED
         self.way = way
+        if not way and is_interlaced(self.path):
+            self.way = DEINTERLACED
         self.open()
 
     def open(self):
@@ -507,6 +506,7 @@ def write_video(path, frames, fps, fourcc="mp4v"):
 
     Odd sides lose a line, for the codecs take even ones only. OSError if it can't be written.
     """
+    name = os.fsencode(os.path.abspath(path))
     writer = cv2.VideoWriter()
     for frame in frames:
         height, width = frame.shape[:2]
@@ -514,7 +514,6 @@ def write_video(path, frames, fps, fourcc="mp4v"):
         if not writer.isOpened():
             # not always: the process has one stderr, and the demo is written by threads
             with quiet() if fourcc == "VP80" else nullcontext():
-                name = os.fsencode(os.path.abspath(path))
                 writer.open(name, cv2.VideoWriter_fourcc(*fourcc), fps, size)
         if not writer.isOpened():
             open(path, "ab").close()  # this says why, or else:
@@ -537,28 +536,22 @@ def write_video(path, frames, fps, fourcc="mp4v"):
 Geometry = namedtuple("Geometry", "source cover crop scaled kept")
 
 
-def middle(height, width, size, margin=1.25):
+def middle(height, width, size):
     """The Geometry of frames (height, width) for clips of `size` = (W, H).
 
-    At most `margin` times the clip is kept: random crops stay near the middle, where people stand.
+    At most 1.25 times the clip is kept: random crops stay near the middle, where people stand.
     """
     W, H = size
-    # the short side first; the long one is rounded down to the same aspect
-    if width > height:
-        h = max(H, math.ceil(W * height / width))
-        w = h * width // height
-    else:
-        w = max(W, math.ceil(H * width / height))
-        h = w * height // width
+    scale = max(W / width, H / height)
 
-    def side(source, cover, target):
-        kept = min(cover, int(target * margin))
+    def side(source, target):
+        cover = max(target, int(source * scale))
+        kept = min(cover, int(1.25 * target))
         cut = source - math.ceil(kept * source / cover)
         crop = source - cut // 2 * 2  # as much at either end
-        return crop, max(kept, round(crop * cover / source)), kept
+        return source, cover, crop, max(kept, round(crop * cover / source)), kept
 
-    sides = zip(side(height, h, H), side(width, w, W), strict=True)
-    return Geometry((height, width), (h, w), *sides)
+    return Geometry(*zip(side(height, H), side(width, W), strict=True))
 
 
 def resize(frames, geometry):
@@ -663,26 +656,16 @@ class FrameCache:
         self.filled = shared_bytes(count)  # 1 where a frame is there
 
     def view(self, segment, numbers):
-        """(which are there (T,), frames (T, C, h, w)) of neighbours: views of the memory."""
+        """(which are there (T,), frames (T, C, h, w)) at neighbouring numbers of the grid.
+
+        Both uint8 views of the memory. None if the file is not one of those that fit.
+        """
+        if (segment.path, numbers[0]) not in self.places:
+            return None
         place, byte = self.places[segment.path, numbers[0]]
         shape = (len(numbers), *segment.geometry.kept, 3)
         frames = self.frames[byte : byte + math.prod(shape)].view(shape)
         return self.filled[place : place + len(numbers)], frames.permute(0, 3, 1, 2)
-
-    def get(self, segment, numbers):
-        """uint8 (T, C, h, w) at neighbouring numbers of the grid, or None where one is missing."""
-        if (segment.path, numbers[0]) in self.places:
-            filled, frames = self.view(segment, numbers)
-            if filled.all():
-                return frames
-        return None
-
-    def put(self, segment, numbers, frames):
-        """Keep frames, if their file is one of those that fit."""
-        if (segment.path, numbers[0]) in self.places:
-            filled, cached = self.view(segment, numbers)
-            cached.copy_(frames)
-            filled.fill_(1)  # last, for another worker may look
 
 
 # ---------------------------------------------------------------------------------------- samples
@@ -697,14 +680,6 @@ Item = namedtuple("Item", "segment grid centred")
 Sample = namedtuple("Sample", "clip label video centred")
 
 
-def spread(room, count):
-    """At most `count` starts from 0 to `room`, evenly apart, one in the middle: room // 2."""
-    starts = [round(room * k / max(1, count - 1)) for k in range(count)]
-    nearest = min(range(count), key=lambda k: abs(starts[k] - room // 2))
-    starts[nearest] = room // 2
-    return sorted(set(starts))
-
-
 def grid_of(start, end, clip):
     """Numbers on the time grid from `start` to `end` (s); the first shows the first picture."""
     return range(int(start * clip.fps + 1e-6), int(end * clip.fps + 1e-6) + 1)
@@ -714,30 +689,30 @@ class ExerciseVideoDataset(Dataset):
     """Samples of segments, in the `clip` format; one is asked for by its number i in `items`, or by
     (i, seed): then start and augmentation come from that seed alone.
 
-    Training: an item per segment, with random start and augmentation. Validation: up to
-    `clips_per_video` items per segment, from its start to its end, cropped at the centre. A segment
-    shorter than a clip is looped: holding its last frame would turn a squat into a held squat. With
-    `debug_dir` the first 10 samples are written there.
+    Training: an item per segment, with random start and augmentation. Validation: its first, its
+    middle and its last clip, cropped at the centre. A segment shorter than a clip is looped:
+    holding its last frame would turn a squat into a held squat. With `debug_names`, those of the
+    classes, the first 10 samples are written to DEBUG_DIR.
     """
 
-    def __init__(self, segments, clip, training=False, clips_per_video=1, debug_dir=None):
+    def __init__(self, segments, clip, training=False, debug_names=None):
         from torchvision.transforms import v2
 
         self.segments = segments
         self.clip = clip
-        self.debug_dir = debug_dir
+        self.training = training
+        self.debug_names = debug_names
         self.saved = 0
         self.cache = FrameCache({}, 0)
         self.transform = TrainTransform(clip.size) if training else v2.CenterCrop(clip.size[::-1])
-        self.training = training
         self.items = []
         for number, segment in enumerate(segments):
             grid = grid_of(segment.start, segment.end, clip)
-            room = max(0, len(grid) - clip.length)
             if training:
                 self.items.append(Item(number, grid, False))
                 continue
-            for start in spread(room, clips_per_video):
+            room = max(0, len(grid) - clip.length)
+            for start in sorted({0, room // 2, room}):
                 inside = grid[start : start + clip.length]
                 self.items.append(Item(number, inside, start == room // 2))
 
@@ -756,12 +731,15 @@ class ExerciseVideoDataset(Dataset):
 
     def read(self, segment, numbers):
         """Resized frames at neighbouring numbers of a file's time grid -> uint8 (T, C, h, w)."""
-        frames = self.cache.get(segment, numbers)
-        if frames is None:
-            times = [number / self.clip.fps for number in numbers]
-            frames = read_frames(segment.path, times, segment.geometry, segment.way)
-            frames = resize(frames, segment.geometry)
-            self.cache.put(segment, numbers, frames)
+        view = self.cache.view(segment, numbers)
+        if view and view[0].all():
+            return view[1]
+        times = [number / self.clip.fps for number in numbers]
+        frames = read_frames(segment.path, times, segment.geometry, segment.way)
+        frames = resize(frames, segment.geometry)
+        if view:
+            view[1].copy_(frames)
+            view[0].fill_(1)  # last, for another worker may look
         return frames
 
     def __getitem__(self, i):
@@ -781,7 +759,7 @@ class ExerciseVideoDataset(Dataset):
         if len(frames) < length:
             frames = frames[torch.arange(length) % len(frames)]
         clip = self.transform(frames)
-        if self.debug_dir and self.saved < 10:
+        if self.debug_names and self.saved < 10:
             self._save_debug_sample(segment, grid, clip)
         return Sample(clip, segment.label, number, centred)
 
@@ -793,10 +771,10 @@ class ExerciseVideoDataset(Dataset):
 
     def _save_debug_sample(self, segment, grid, clip):
         """Both videos, and a sheet: the whole frames with the box that is used, and the clip."""
-        self.debug_dir.mkdir(exist_ok=True)
+        DEBUG_DIR.mkdir(exist_ok=True)
         path = segment.path
-        name = self.classes[segment.label]
-        stem = f"{self.debug_dir}/{self.saved:02d}_{name}_{path.stem[:60]}_{segment.start:g}s"
+        name = self.debug_names[segment.label]
+        stem = f"{DEBUG_DIR}/{self.saved:02d}_{name}_{path.stem[:60]}_{segment.start:g}s"
         self.saved += 1
         times = [number / self.clip.fps for number in grid]
         whole = read_frames(path, times, way=segment.way)
@@ -804,7 +782,7 @@ class ExerciseVideoDataset(Dataset):
         self._save_debug_video(clip, f"{stem}_aug.mp4")
 
         # the box, from the pixels of the frames that are kept to those of the file
-        source, cover, *_, kept = [np.array(side[::-1]) for side in segment.geometry]
+        source, cover, *_, kept = np.flip(segment.geometry, axis=1)
         box = (self.transform.outline + (cover - kept) / 2) * source / cover
         whole = bgr(whole)
         for frame in whole:
@@ -861,15 +839,16 @@ class EpochBatches(Sampler):
         return self.count
 
     def __iter__(self):
-        if not self.shuffle:
-            for k in range(self.count):
-                yield list(share(self.own, k, self.count))
-            return
-        rng = random.Random(f"{self.seed} {self.epoch}")
-        order = rng.sample(range(self.n), self.n)
-        items = [(i, rng.getrandbits(63)) for i in order]
+        items = self.own
+        if self.shuffle:
+            rng = random.Random(f"{self.seed} {self.epoch}")
+            order = rng.sample(range(self.n), self.n)
+            items = [(i, rng.getrandbits(63)) for i in order]
         for k in range(self.count):
-            yield share(share(items, k, self.count), self.rank, self.world)
+            batch = share(items, k, self.count)
+            if self.shuffle:
+                batch = share(batch, self.rank, self.world)
+            yield list(batch)
 
 
 def collate(samples):
@@ -877,9 +856,8 @@ def collate(samples):
     clips, *columns = zip(*samples, strict=True)
     images = [clip.permute(0, 2, 3, 1) for clip in clips]
     shape = (len(images), *images[0].shape)
-    out = shared_bytes(math.prod(shape)).view(shape) if get_worker_info() else None
-    clips = torch.stack(images, out=out).permute(0, 1, 4, 2, 3)
-    return Batch(clips, *map(torch.tensor, columns))
+    clips = torch.stack(images, out=shared_bytes(math.prod(shape)).view(shape))
+    return Batch(clips.permute(0, 1, 4, 2, 3), *map(torch.tensor, columns))
 
 
 def start_worker(_):
@@ -945,21 +923,20 @@ def read_labels(path):
     try:
         table = unique(path, ((int(frame), int(k)) for frame, *_, k in read_table(path)))
         frames, values = np.array(sorted(table.items()), dtype=np.int64).reshape(-1, 2).T
+        last = frames.max(initial=0)
+        if frames.min(initial=0) < 0 or last > 1e8 or values.min(initial=0) < NO_EXERCISE:
+            raise ValueError("a number is too small or too large")
     except (ValueError, OverflowError) as error:
         raise UserError(
-            f"{path} should hold a frame number first and a label last in each line: {error}"
+            f"{path} should hold a frame number from 0 on first and a label from -1 on last in "
+            f"each line: {error}"
         ) from error
-    last = frames.max(initial=0)
-    if frames.min(initial=0) < 0 or last > 1e8 or values.min(initial=0) < NO_EXERCISE:
-        raise UserError(
-            f"{path} should hold frame numbers from 0 or 1 to 1e8, and no label below -1"
-        )
-    labels = np.full(last + 1, UNLABELLED)
     step = np.median(np.diff(frames)) if len(frames) > 1 else 1
-    for _ in range(int(step) if step <= 30 else 1):
-        labels[1:] = np.where(labels[1:] == UNLABELLED, labels[:-1], labels[1:])
-        labels[frames] = values
-    return labels if 0 in frames else labels[1:]  # counted from 0, or from 1
+    holds = np.arange(step if step <= 30 else 1, dtype=int)
+    labels = np.full(last + 31, UNLABELLED)
+    labels[frames[:, None] + holds] = values[:, None]  # the next frame's last
+    first = 0 if 0 in frames else 1  # counted from
+    return labels[first : last + 1]
 
 
 def stretches(times, clip):
@@ -983,10 +960,11 @@ def windows(labels, times, clip, least=0.6):
     than `least` of the window, the window mixes two about equally and is left out.
     """
     found = []
+    labels = np.append(labels, UNLABELLED)  # of all frames after the last
     for start, end in stretches(times, clip):
         moments = np.array(grid_of(start, end, clip)) / clip.fps
         frames = np.searchsorted(times, moments - TOLERANCE)  # those that `frames_at` takes
-        on_grid = np.append(labels, UNLABELLED)[np.minimum(frames, len(labels))]
+        on_grid = labels.take(frames, mode="clip")
         for first in range(0, max(1, len(on_grid) - clip.length + 1), max(1, clip.length // 2)):
             inside = on_grid[first : first + clip.length]
             label = inside[len(inside) // 2]
@@ -1054,36 +1032,30 @@ def split_by_table(videos, path, notes):
     An id is the name of a file, with its ending or without, and with its folder or without. Where
     there is no table, or folders gave the parts, they are as they were.
     """
-
-    def key(name):
-        stem, ending = os.path.splitext(plain(name))
-        return stem if ending in CONTAINERS else plain(name)
-
     if not path.is_file():
         return videos
     if any(video.part for video in videos):
         notes.append(f"{path} is not used: the folders say what is for what")
         return videos
     rows = read_table(path, ["id", "split"])
-    for name, part, *_ in rows:
+    table = unique(path, ((plain(name), part) for name, part, *_ in rows))
+    for name, part in table.items():
         if part not in PARTS:
-            raise UserError(
-                f"{path} puts {name} into {part!r}, which is none of {', '.join(PARTS)}"
-            )
-    table = unique(path, ((key(name), part) for name, part, *_ in rows))
+            raise UserError(f"{path} puts {name} into {part!r}: choose one of {', '.join(PARTS)}")
     listed = []
     missing = []
     unknown = dict(table)
     for video in videos:
-        name = key(video.path.name)
-        longer = f"{plain(video.path.parent.name)}/{name}"
-        if longer in table:
-            name = longer
-        if name in table:
-            unknown.pop(name, None)
-            listed.append(video._replace(part=table[name]))
+        name = video.path.name
+        stem = video.path.stem
+        folder = video.path.parent.name
+        ids = map(plain, (f"{folder}/{name}", f"{folder}/{stem}", name, stem))
+        found = next(filter(table.get, ids), None)
+        if found:
+            unknown.pop(found, None)
+            listed.append(video._replace(part=table[found]))
         else:
-            missing.append(video.path.name)
+            missing.append(name)
     counts = Counter(video.part for video in listed)
     notes.append(f"{path} puts " + ", ".join(f"{counts[part]} into {part}" for part in PARTS))
     if unknown:
@@ -1246,18 +1218,23 @@ def name_labels(root, videos):
     rows = read_table(table, ["label", "name"]) if table.is_file() else []
     pairs = ((row[0].removesuffix(".0"), nfc(row[1])) for row in rows)
     names = unique(table, pairs) | {str(NO_EXERCISE): "no_exercise"}
-    labels = set().union(*(video.labels.tolist() for video in videos)) - {UNLABELLED}
-    for label in map(str, labels):
-        if label in names.values() and label not in names:
+    found = {}
+    for label in sorted(labels_of(videos)):
+        found[label] = names.get(str(label), str(label))
+        if found[label] in names.values() and str(label) not in names:
             raise UserError(f"{table} calls another label {label}: name the label {label}, too")
-    return {label: names.get(str(label), str(label)) for label in sorted(labels)}
+    return found
+
+
+def labels_of(videos):
+    return set().union(*(video.labels.tolist() for video in videos)) - {UNLABELLED}
 
 
 def find_classes(videos, names):
     """Names of the classes of Videos: by alphabet, those of recordings in the order of labels."""
     if not names:
         return sorted({video.name for video in videos})
-    found = set().union(*(video.labels.tolist() for video in videos))
+    found = labels_of(videos)
     return list(dict.fromkeys(names[label] for label in names if label in found))
 
 
@@ -1333,7 +1310,6 @@ class ExerciseVideoDataModule:
     debug: bool = False  # the first samples are written to debug_output/
     seed: int = 0  # of split, background, order and augmentation
     background_ratio: float = 0.3  # share of recordings' windows without exercise that is kept
-    clips_per_video: int = 3  # in validation
     rank: int = 0  # which of the training processes this is
     world: int = 1  # how many there are
     pin_memory: bool = False  # for a GPU
@@ -1488,11 +1464,8 @@ class ExerciseVideoDataModule:
         if not segments:
             return None
         training = part == "train"
-        debug_dir = Path("debug_output") if self.debug and training else None
-        clips = self.clips_per_video
-        data_set = ExerciseVideoDataset(segments, self.clip, training, clips, debug_dir)
-        data_set.classes = self.classes
-        return data_set
+        debug_names = self.classes if self.debug and training else None
+        return ExerciseVideoDataset(segments, self.clip, training, debug_names)
 
     def class_weights(self):
         """float32 (classes,): clips to train on / (classes * clips of the class)."""
@@ -1532,81 +1505,105 @@ def words(table):
 
 
 # front: share of takes from the front, not the side. held: the joint that keeps its place. weight:
-# what the hands hold. pace: the mean time between two poses (s), or a range of phases (0 first
+# what the hands hold. pace: [the mean time between two poses (s)], or a range of phases (0 first
 # pose, 1 second), one of which is held: such a class shares its poses with a class that moves, so
 # that only the motion tells the two apart. poses: gone through in turn, then with the sides swapped
 Exercise = namedtuple("Exercise", "front held weight pace poses")
 # A pose holds angles in degrees: torso, head, upper arm, forearm, thigh, shin, foot (in side
 # views). The torso counts from upright (+ forward), the head from the torso's line, the limbs from
 # hanging down (90 forward, or outward in a front view; 180 up). 4/14 is near (left) / far (right).
-# fmt: off
-SQUAT = """
-    0     0     5    15     0     0    90
-   45   -25    80    88    98   -38    90"""
-PUSH_UP = """
-   72   -10     0     2   -72   -72    22
-   85   -20   -78    42   -85   -85    10"""
-DEMO_EXERCISES = {
-    "no_exercise": Exercise(0.5, "ankle", "", 1.5, """
+# name, front, held, weight, pace, then the poses
+EXERCISES = """
+no_exercise 0.5 ankle nothing 1.5
     0     0     6     8     4     4    90
     3     6  4/14 14/60  10/0   4/2    90
    -3    -8   8/4 12/30   0/9   3/4    90
-    1    12  10/6 70/10     4     4    90"""),
-    "squat": Exercise(0, "ankle", "", 0.9, SQUAT),
-    "squat_hold": Exercise(0, "ankle", "", (0.35, 1), SQUAT),
-    "push_up": Exercise(0, "hand", "", 0.9, PUSH_UP),
-    "plank": Exercise(0, "hand", "", (0, 0), PUSH_UP),
-    "lunge": Exercise(0, "toe", "", 0.9, """
+    1    12  10/6 70/10     4     4    90
+
+squat 0 ankle nothing 0.9
+    0     0     5    15     0     0    90
+   45   -25    80    88    98   -38    90
+
+squat_hold 0 ankle nothing 0.35-1
+    0     0     5    15     0     0    90
+   45   -25    80    88    98   -38    90
+
+push_up 0 hand nothing 0.9
+   72   -10     0     2   -72   -72    22
+   85   -20   -78    42   -85   -85    10
+
+plank 0 hand nothing 0-0
+   72   -10     0     2   -72   -72    22
+   85   -20   -78    42   -85   -85    10
+
+lunge 0 toe nothing 0.9
     0     0     0    40     0     0    90
-    4     0   -15    75 92/-14 0/-84 90/15"""),
-    "jumping_jack": Exercise(1, "hip", "", 0.75, """
+    4     0   -15    75 92/-14 0/-84 90/15
+
+jumping_jack 1 hip nothing 0.75
     0     0     8     5     3     2    90
-    0     0   148   165    30    28    90"""),
-    "biceps_curl": Exercise(0, "ankle", "dumbbells", 0.9, """
+    0     0   148   165    30    28    90
+
+biceps_curl 0 ankle dumbbells 0.9
     0     0    -2     4     0     0    90
-   -3     0    12   150     0     0    90"""),
-    "shoulder_press": Exercise(1, "ankle", "dumbbells", 0.9, """
+   -3     0    12   150     0     0    90
+
+shoulder_press 1 ankle dumbbells 0.9
     0     0    42   172     9     6    90
-    0     0   166   178     9     6    90"""),
-    "lateral_raise": Exercise(1, "ankle", "dumbbells", 0.9, """
+    0     0   166   178     9     6    90
+
+lateral_raise 1 ankle dumbbells 0.9
     0     0     8     5     7     5    90
-    0     0    92    88     7     5    90"""),
-    "deadlift": Exercise(0, "ankle", "barbell", 0.9, """
+    0     0    92    88     7     5    90
+
+deadlift 0 ankle barbell 0.9
     0     0     4     6     0     0    90
-   78   -30    -4     2    44   -14    90"""),
-    "sit_up": Exercise(0, "hip", "", 0.9, """
+   78   -30    -4     2    44   -14    90
+
+sit_up 0 hip nothing 0.9
   -89    10   112   100   138    32    90
-   -8     8    72    84   138    32    90"""),
-    "leg_raise": Exercise(0, "hip", "", 0.9, """
+   -8     8    72    84   138    32    90
+
+leg_raise 0 hip nothing 0.9
   -90     5    84    90    89    88   165
-  -90     5    84    90   172   170   250"""),
-    "glute_bridge": Exercise(0, "shoulder", "", 0.9, """
+  -90     5    84    90   172   170   250
+
+glute_bridge 0 shoulder nothing 0.9
   -90     5    84    90   140    26    90
- -116    24    80    88   116    10    90"""),
-    "mountain_climber": Exercise(0, "hand", "", 0.45, """
+ -116    24    80    88   116    10    90
+
+mountain_climber 0 hand nothing 0.45
    96   -20     2     0   -56   -60    28
-   96   -20     2     0 60/-56 -125/-60 -85/28"""),
-    "high_knees": Exercise(0, "hip", "", 0.45, """
+   96   -20     2     0 60/-56 -125/-60 -85/28
+
+high_knees 0 hip nothing 0.45
     0     0     0    40     0     0    90
-   -4     0 -40/35 30/130 105/0 -5/0 75/90"""),
-    "side_bend": Exercise(1, "ankle", "", 0.9, """
-   33     8 132/196 168/222  14     9    90"""),
-}
-# joint, the joint it hangs on, along which bone, how far, the flesh around it; in body heights
+   -4     0 -40/35 30/130 105/0 -5/0 75/90
+
+side_bend 1 ankle nothing 0.9
+   33     8 132/196 168/222  14     9    90
+"""
+DEMO_EXERCISES = {}
+for block in EXERCISES.split("\n\n"):
+    (name, front, held, weight, pace), *poses = words(block)
+    pace = [float(number) for number in pace.split("-")]
+    DEMO_EXERCISES[name] = Exercise(float(front), held, weight, pace, poses)
+# joint, the joint it hangs on, along which bone, how far and with how much flesh around it, in body
+# heights; the part of the build that scales the bone
 SKELETON = words("""
-pelvis    pelvis    spine      0       0
-neck      pelvis    spine      0.29    0
-head      neck      crown      0.12    0.06
-face      head      gaze       0.02    0
-shoulder  neck      across     0.1     0.065
-elbow     shoulder  upper_arm  0.17    0.03
-hand      elbow     forearm    0.1598  0.03
-bar       hand      dumbbell  -0.05    0
-bar_end   hand      dumbbell   0.05    0
-hip       pelvis    across     0.055   0.065
-knee      hip       thigh      0.245   0.04
-ankle     knee      shin       0.2352  0.03
-toe       ankle     foot       0.1     0.03
+pelvis    pelvis    spine      0       0      -
+neck      pelvis    spine      0.29    0      torso
+head      neck      crown      0.12    0.06   -
+face      head      gaze       0.02    0      -
+shoulder  neck      across     0.1     0.065  -
+elbow     shoulder  upper_arm  0.17    0.03   arm
+hand      elbow     forearm    0.1598  0.03   arm
+bar       hand      dumbbell  -0.05    0      -
+bar_end   hand      dumbbell   0.05    0      -
+hip       pelvis    across     0.055   0.065  -
+knee      hip       thigh      0.245   0.04   leg
+ankle     knee      shin       0.2352  0.03   leg
+toe       ankle     foot       0.1     0.03   -
 """)
 # part, stroke from joint to joint, its width in body heights, colour
 BODY = words("""
@@ -1642,9 +1639,9 @@ wall        0  0.03  0.4    360  0.3   0.85
 floor       0  0.05  0.3    360  0.3   0.8
 mat         0  0.1   0.4    360  0.4   0.8
 """)
-# fmt: on
 NEAR = 0
 FAR = 1
+DEMO_FPS = 30
 
 
 def draw_colours(rng):
@@ -1659,7 +1656,7 @@ def draw_colours(rng):
 def move(rng, exercise, front, times):
     """Angles (T, 7, 2 sides) in degrees at `times` (T,) in seconds."""
     poses = []
-    for angles in words(exercise.poses):
+    for angles in exercise.poses:
         poses.append([np.broadcast_to(angle.split("/"), 2) for angle in angles])
     poses = np.array(poses, float)
     swapped = poses[..., ::-1].copy()
@@ -1668,10 +1665,10 @@ def move(rng, exercise, front, times):
     poses = np.concatenate([poses, swapped])
 
     # how far between which two poses; a move starts and stops gently at each
-    if isinstance(exercise.pace, tuple):
+    if len(exercise.pace) == 2:
         phase = np.full(len(times), rng.uniform(*exercise.pace))
     else:
-        phase = times / (exercise.pace * rng.uniform(0.67, 1.33)) + rng.uniform(0, 8)
+        phase = times / (exercise.pace[0] * rng.uniform(0.67, 1.33)) + rng.uniform(0, 8)
     before = phase.astype(int) % len(poses)
     way = 0.5 - 0.5 * np.cos(np.pi * (phase % 1))
     steps = np.roll(poses, -1, axis=0) - poses
@@ -1693,7 +1690,7 @@ def place_joints(angles, build, front, held):
     limbs[:, :2] = limbs[:, :2].conj()  # torso and head count from upright
     if front:
         limbs[:, 2:, FAR] = -limbs[:, 2:, FAR].conj()  # outward is -x on the right side
-        limbs[:, 6] = np.array([0.3, -0.3]) + 0.3j  # the feet point at us
+        limbs[:, 6] = [0.3 + 0.3j, -0.3 + 0.3j]  # the feet point at us
     names = "spine crown upper_arm forearm thigh shin foot".split()
     bones = dict(zip(names, np.moveaxis(limbs, 1, 0), strict=True))
     # in a side view the far side is just a little ahead
@@ -1701,18 +1698,15 @@ def place_joints(angles, build, front, held):
     bones["gaze"] = bones["crown"] * (-1 if front else 1j - 0.5)
     bones["dumbbell"] = -1j * bones["forearm"]
 
-    torso, arm, leg = build
-    sizes = {"spine": torso, "upper_arm": arm, "forearm": arm, "thigh": leg, "shin": leg}
+    sizes = dict(zip(["torso", "arm", "leg"], build, strict=True))
     joints = {"pelvis": 0 * bones["spine"]}
-    flesh = {}
-    for joint, parent, bone, length, around in SKELETON:
-        size = float(length) * sizes.get(bone, 1)
-        joints[joint] = joints[parent] + size * bones[bone]
-        flesh[joint] = float(around)
+    for joint, parent, bone, length, _, part in SKELETON:
+        joints[joint] = joints[parent] + float(length) * sizes.get(part, 1) * bones[bone]
 
     # of the two sides the rearmost counts: numpy compares complex numbers by x first
     origin = joints[held].min(axis=1)
     places = np.stack(list(joints.values()), axis=1) - origin[:, None, None]
+    flesh = {joint: float(around) for joint, *_, around, _ in SKELETON}
     if held == "hand":
         # turn the body about the hands until the toes of the stretched leg are on the floor too
         toe = joints["toe"].min(axis=1) - origin
@@ -1769,8 +1763,8 @@ def draw_figure(canvas, joints, scale, colours, front, weight):
                 cv2.line(canvas, first, last, bgra, thickness, line_type, 4)
 
 
-def render_demo_video(exercise, person, seed=0, size=(300, 400), fps=30, seconds=4.0):
-    """One take: frames uint8 (T, H, W, 3) in BGR, and the mask bool (T, H, W) of the figure.
+def render_demo_video(exercise, person, seed=0, size=(300, 400), seconds=4.0):
+    """One take at DEMO_FPS: frames uint8 (T, H, W, 3) in BGR, mask bool (T, H, W) of the figure.
 
     The figure includes its weights. size: (W, H).
     """
@@ -1785,7 +1779,7 @@ def render_demo_video(exercise, person, seed=0, size=(300, 400), fps=30, seconds
     exercise = DEMO_EXERCISES[exercise]
     front = rng.uniform() < exercise.front
     tilt = rng.uniform(-5, 5)
-    angles = move(rng, exercise, front, np.arange(round(fps * seconds)) / fps)
+    angles = move(rng, exercise, front, np.arange(round(DEMO_FPS * seconds)) / DEMO_FPS)
     joints = place_joints(angles, build, front, exercise.held)
     joints.real *= rng.choice([-1, 1])  # faces right or left
     joints *= np.exp(-1j * np.radians(tilt))
@@ -1793,7 +1787,7 @@ def render_demo_video(exercise, person, seed=0, size=(300, 400), fps=30, seconds
     # place in the frame, never out of it
     width, height = size
     size = np.array(size)
-    points = np.stack([joints.real, joints.imag], axis=-1)
+    points = joints[..., None].view(float)  # x, y
     low = points.min(axis=(0, 1, 2)) - 0.12  # with flesh and weights
     high = points.max(axis=(0, 1, 2)) + 0.12
     scale = min(height * rng.uniform(0.55, 0.8), *(0.97 * size / (high - low)))
@@ -1813,26 +1807,25 @@ def render_demo_video(exercise, person, seed=0, size=(300, 400), fps=30, seconds
         at = dict(zip(names, places, strict=True))
         draw_figure(canvas, at, scale * girth, colours, front, exercise.weight)
         masks.append(canvas[..., 3] > 0)
-        picture = cv2.cvtColor(canvas, cv2.COLOR_BGRA2BGR)
-        frames.append(cv2.add(picture, np.roll(noise, shift, axis=0)))
+        frames.append(cv2.add(canvas[..., :3], np.roll(noise, shift, axis=0)))
     return np.stack(frames), np.stack(masks)
 
 
 def render_demo(root, seed=0, train_people=16, val_people=6):
     """Write root/<train or val>/<class>/person<number>.mp4; train and val show different people."""
     # renamed at the end: what was interrupted does not pass for whole
-    partial = root.with_name(f"{root.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    unfinished = root.with_name(f"{root.name}.partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
 
     def write(task):
         person, exercise = task
         part = "train" if person < train_people else "val"
-        path = partial / part / exercise / f"person{person:02}.mp4"
+        path = unfinished / part / exercise / f"person{person:02}.mp4"
         path.parent.mkdir(parents=True, exist_ok=True)
         frames, _ = render_demo_video(exercise, person, seed)
-        write_video(path, frames, 30)
+        write_video(path, frames, DEMO_FPS)
 
     tasks = list(product(range(train_people + val_people), DEMO_EXERCISES))
     with ThreadPoolExecutor(min(8, cores())) as pool:  # threads do: OpenCV frees Python's lock
         list(tqdm(pool.map(write, tasks), "rendering the demo data", len(tasks), unit="video"))
-    partial.rename(root)
+    unfinished.rename(root)

@@ -39,6 +39,7 @@ import HeatMap
 import Trainer
 from Dataset import (
     DEMO_EXERCISES,
+    DEMO_FPS,
     JUMPING,
     ClipFormat,
     ExerciseVideoDataModule,
@@ -72,9 +73,6 @@ from Trainer import (
     middle_frame,
     without_person,
 )
-
-DEMO_FPS = 30  # of render_demo_video
-
 
 # --------------------------------------------------------------------------------------- in turn
 
@@ -263,7 +261,7 @@ def demo(checkpoint, folder=DEMO, **settings):
 
 def moves(name):
     """Whether a class moves; the others hold one of the poses of a class that does."""
-    return not isinstance(DEMO_EXERCISES[name].pace, tuple)
+    return len(DEMO_EXERCISES[name].pace) == 1
 
 
 def twins():
@@ -322,6 +320,13 @@ def fit_linear(features, labels, n_classes):
     return linear
 
 
+def middles(segments, clip):
+    """A data set of the clip in the middle of each segment."""
+    data_set = ExerciseVideoDataset(segments, clip)
+    data_set.items = [item for item in data_set.items if item.centred]
+    return data_set
+
+
 def frozen_and_linear(data, weights):
     """Confusion of a linear layer on ImageNet features, the mean over all frames and places.
 
@@ -330,12 +335,12 @@ def frozen_and_linear(data, weights):
     network = build_model("mobilenet_v2_3d", len(data.classes), "high_temporal")
     load_weights(network, weights)
     network = fold_batch_norm(network)
-    train = ExerciseVideoDataset(data.train_set.segments, data.clip)
+    train = middles(data.train_set.segments, data.clip)
     features, labels = frozen_features(network, train)
     mean = features.mean(0)
     deviation = features.std(0).clamp(min=1e-6)
     linear = fit_linear((features - mean) / deviation, labels, len(data.classes))
-    val = ExerciseVideoDataset(data.val_set.segments, data.clip)
+    val = middles(data.val_set.segments, data.clip)
     features, labels = frozen_features(network, val)
     predicted = linear((features - mean) / deviation).argmax(1)
     return count(labels, predicted, len(data.classes))
@@ -452,21 +457,27 @@ def load(takes, cache, transform):
     for segment, numbers, times in takes:
         frames = read_frames(segment.path, times, segment.geometry, JUMPING)
         frames = resize(frames, segment.geometry)
-        cache.put(segment, numbers, frames)
+        keep(cache, segment, numbers, frames)
         transform(frames)
+
+
+def keep(cache, segment, numbers, frames):
+    filled, cached = cache.view(segment, numbers)
+    cached.copy_(frames)
+    filled.fill_(1)
 
 
 def load_cached(takes, cache, transform):
     """As in later epochs."""
     for segment, numbers, _ in takes:
-        transform(cache.get(segment, numbers))
+        transform(cache.view(segment, numbers)[1])
 
 
 def load_by(decode, takes, cache, transform):
     """As in the first epoch, but with another decoder."""
     for segment, numbers, times in takes:
         frames = resize(decode(segment.path, times), segment.geometry)
-        cache.put(segment, numbers, frames)
+        keep(cache, segment, numbers, frames)
         transform(frames)
 
 
@@ -685,7 +696,8 @@ def evidence(args):
     layers = [f"features.{number}" for number in args.layers.split(",")]
     trained, checkpoint = load_checkpoint(args.checkpoint)
     network = fold_batch_norm(trained)
-    data = demo(checkpoint, cache_gb=0, clips_per_video=1)
+    data = demo(checkpoint, cache_gb=0)
+    data.val_set = middles(data.val_set.segments, data.clip)
     found = defaultdict(list)
     right = 0
     for i, item in enumerate(tqdm(data.val_set.items, "evidence")):

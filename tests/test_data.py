@@ -187,21 +187,19 @@ def test_frames_at_gives_the_same_array_until_the_picture_changes(tmp_path):
 # -------------------------------------------------------------------------------- items and batches
 
 
-def test_validation_takes_clips_from_the_start_to_the_end_and_the_middle():
-    def items(seconds, clips):
-        data = ExerciseVideoDataset([segment("v", 0.0, seconds)], WIDE, clips_per_video=clips)
+def test_validation_takes_the_first_the_middle_and_the_last_clip():
+    def items(seconds):
+        data = ExerciseVideoDataset([segment("v", 0.0, seconds)], WIDE)
         assert all(item.segment == 0 for item in data.items)
         return [(item.grid.start, item.centred) for item in data.items]
 
     # 8 frames a second: 10 s are 81 frames, which leave room for 65 starts after 0
-    assert items(10.0, 1) == [(32, True)]
-    assert items(10.0, 3) == [(0, False), (32, True), (65, False)]
-    assert items(10.0, 5) == [(0, False), (16, False), (32, True), (49, False), (65, False)]
-    assert items(1.0, 3) == [(0, True)]
-    assert items(2.0, 3) == [(0, True), (1, False)]
+    assert items(10.0) == [(0, False), (32, True), (65, False)]
+    assert items(1.0) == [(0, True)]
+    assert items(2.0) == [(0, True), (1, False)]
     # in training a clip is drawn from the whole segment
     two = [segment("v", 0.0, 10.0)] * 2
-    data = ExerciseVideoDataset(two, WIDE, training=True, clips_per_video=3)
+    data = ExerciseVideoDataset(two, WIDE, training=True)
     assert data.items == [(0, range(81), False), (1, range(81), False)]
 
 
@@ -464,13 +462,16 @@ def test_a_cache_gives_back_what_was_put_and_nothing_else():
     other = segment("w", 0.0, 2.0, 8, 6, (6, 8))
     cache = FrameCache({"v": ({3, 4, 5, 9}, (8, 6)), "w": ({0}, (8, 6))}, 4 * 3 * 8 * 6 + 5)
     assert cache.nbytes == 4 * 3 * 8 * 6
-    assert cache.get(one, range(3, 6)) is None
+    filled, cached = cache.view(one, range(4, 6))
+    assert filled.tolist() == [0, 0]
     frames = torch.randint(0, 256, (2, 3, 8, 6), dtype=torch.uint8)
-    cache.put(one, range(4, 6), frames)
-    assert (cache.get(one, range(4, 6)) == frames).all()
-    assert cache.get(one, range(3, 6)) is None  # the first is missing
-    cache.put(other, range(1), frames[:1])  # did not fit
-    assert cache.get(other, range(1)) is None
+    cached.copy_(frames)
+    filled.fill_(1)
+    filled, cached = cache.view(one, range(3, 6))
+    assert filled.tolist() == [0, 1, 1]  # the first is missing
+    assert (cached[1:] == frames).all()
+    assert not cached[0].any()
+    assert cache.view(other, range(1)) is None  # did not fit
 
 
 def test_windows_of_a_recording_share_their_frames_in_the_cache(tmp_path):
