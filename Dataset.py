@@ -32,7 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise, product
+from itertools import chain, pairwise, product
 from pathlib import Path
 from threading import Lock
 from time import sleep
@@ -1026,6 +1026,16 @@ def some(names):
     return ", ".join(names[:5]) + f" and {len(names) - 5} more" * (len(names) > 5)
 
 
+def read_split(path):
+    """{id: one of PARTS} of a csv file of id,split; ids as they are compared."""
+    rows = read_table(path, ["id", "split"])
+    table = unique(path, ((plain(name), part) for name, part, *_ in rows))
+    for name, part in table.items():
+        if part not in PARTS:
+            raise UserError(f"{path} puts {name} into {part!r}: choose one of {', '.join(PARTS)}")
+    return table
+
+
 def split_by_table(videos, path, notes):
     """The videos that a csv file of id,split lists, with their part; notes tell what it lacks.
 
@@ -1037,11 +1047,7 @@ def split_by_table(videos, path, notes):
     if any(video.part for video in videos):
         notes.append(f"{path} is not used: the folders say what is for what")
         return videos
-    rows = read_table(path, ["id", "split"])
-    table = unique(path, ((plain(name), part) for name, part, *_ in rows))
-    for name, part in table.items():
-        if part not in PARTS:
-            raise UserError(f"{path} puts {name} into {part!r}: choose one of {', '.join(PARTS)}")
+    table = read_split(path)
     listed = []
     missing = []
     unknown = dict(table)
@@ -1230,14 +1236,6 @@ def labels_of(videos):
     return set().union(*(video.labels.tolist() for video in videos)) - {UNLABELLED}
 
 
-def find_classes(videos, names):
-    """Names of the classes of Videos: by alphabet, those of recordings in the order of labels."""
-    if not names:
-        return sorted({video.name for video in videos})
-    found = labels_of(videos)
-    return list(dict.fromkeys(names[label] for label in names if label in found))
-
-
 # --------------------------------------------------------------------------------- windows to spans
 
 COST = 0.25  # of best_path, for windows half a clip apart: 0.2 to 0.4 were alike
@@ -1327,28 +1325,18 @@ class ExerciseVideoDataModule:
         videos = find_videos(self.data, notes, least=1 if self.trained else 2)
         note_rest(self.data, videos, notes)
         videos = split_by_table(videos, self.data / "split.csv", notes)
-        tracks = [video for video in videos if video.labels is not None]
-        paths = [video.path for video in videos]
-        probes, bad = check_files(paths, quiet=self.rank > 0)
+        probes, bad = check_files([video.path for video in videos], quiet=self.rank > 0)
         notes += [f"left out: {reason}" for reason in bad]
         if bad:
-            notes.append(f"{len(bad)} of {len(paths)} videos can't be used")
+            notes.append(f"{len(bad)} of {len(videos)} videos can't be used")
         readable = self.draw_parts(videos, probes)
 
-        # classes
+        # table of segments
+        tracks = [video for video in videos if video.labels is not None]
         names = name_labels(self.data, tracks) if tracks else {}
         if not self.background_ratio:
             names.pop(NO_EXERCISE, None)
-        self.classes = find_classes([v for v in videos if v.part in ("train", None)], names)
-        if self.trained:
-            self.classes = self.trained.classes
-        count = len(self.classes)
-        if count < 2:
-            raise UserError(
-                f"{self.data} has {count} classes to train where at least 2 are needed{lost(notes)}"
-            )
-
-        # table of segments
+        self.classes = self.find_classes(videos, names)
         segments = []
         for video in readable:
             segments += self.cut(video, probes[video.path], names)
@@ -1367,6 +1355,23 @@ class ExerciseVideoDataModule:
         if not self.trained:
             budget = int(1e9 * self.cache_gb) // share_of_node(self.world)
             self.train_set.keep_in_memory(budget - self.val_set.keep_in_memory(budget))
+
+    def find_classes(self, videos, names):
+        """Their names: by alphabet, those of recordings in the order of labels."""
+        if self.trained:
+            return self.trained.classes
+        train = [video for video in videos if video.part in ("train", None)]
+        classes = sorted({video.name for video in train})
+        if names:
+            found = labels_of(train)
+            classes = list(dict.fromkeys(names[label] for label in names if label in found))
+        count = len(classes)
+        if count < 2:
+            raise UserError(
+                f"{self.data} has {count} classes to train where at least 2 are needed"
+                f"{lost(self.notes)}"
+            )
+        return classes
 
     def draw_parts(self, videos, probes):
         """The Videos that can be read, all with a part; notes tell what is not as it was given."""
@@ -1392,7 +1397,7 @@ class ExerciseVideoDataModule:
         if video.labels is not None:
             least = 0.0 if self.trained else 0.6  # what is evaluated has no gaps
             found = windows(video.labels, probed.times, self.clip, least)
-            found = [(names[k], start, end) for k, start, end in found if k in names]
+            found = [(names[k], *times) for k, *times in found if k in names]
             frames = len(probed.times)
             labels = (video.labels != UNLABELLED).sum()
             if abs(labels - frames) > 0.01 * frames:
@@ -1408,8 +1413,8 @@ class ExerciseVideoDataModule:
                     f"on has: those have {', '.join(self.classes)}"
                 )
             label = self.classes.index(name)
-            segment = Segment(video.path, label, start, end, geometry, video.part, probed.way)
-            segments.append(segment)
+            rest = (geometry, video.part, probed.way)
+            segments.append(Segment(video.path, label, start, end, *rest))
         return segments
 
     def thin_background(self, segments, label):
@@ -1419,10 +1424,9 @@ class ExerciseVideoDataModule:
             background = [s for s in segments if s.part == part and s.label == label]
             if background:
                 n = max(1, round(self.background_ratio * len(background)))
-                count = [segment.part for segment in kept].count(part)
                 kept += random.Random(f"{self.seed} {part}").sample(background, n)
                 self.notes.append(
-                    f"{part}: {count} windows of exercises, {n} of {len(background)} of none kept"
+                    f"{part}: {n} of {len(background)} windows without exercise are kept"
                 )
         return kept
 
@@ -1450,13 +1454,19 @@ class ExerciseVideoDataModule:
         W, H = self.clip.size
         sources = {segment.path: segment.geometry.source for segment in segments}
         shapes = np.array([width / height for height, width in sources.values()])
+
+        def shown(shape):
+            return np.minimum(shapes / shape, shape / shapes).mean()
+
         best = np.median(shapes)
-        used, better = (np.minimum(shapes / s, s / shapes).mean() for s in (W / H, best))
-        if used < 2 / 3 < better:
-            w, h = (4 * round(math.sqrt(W * H * s) / 4) for s in (best, 1 / best))
+        now = shown(W / H)
+        then = shown(best)
+        if now < 2 / 3 < then:
+            w = 4 * round(math.sqrt(W * H * best) / 4)
+            h = 4 * round(math.sqrt(W * H / best) / 4)
             self.notes.append(
-                f"{W}x{H} shows {used:.0%} of the pictures and cuts off the rest; {w}x{h} would "
-                f"show {better:.0%}: try --size {w}x{h}"
+                f"--size {W}x{H} shows {now:.0%} of the pictures and cuts off the rest, "
+                f"--size {w}x{h} would show {then:.0%}"
             )
 
     def data_set(self, segments, part):
@@ -1646,8 +1656,8 @@ DEMO_FPS = 30
 
 def draw_colours(rng):
     """{name: BGR, float64 (3,)}, drawn from COLOURS."""
-    names = [name for name, *_ in COLOURS]
-    limits = np.array([numbers for _, *numbers in COLOURS], float)
+    names, *limits = zip(*COLOURS, strict=True)
+    limits = np.array(limits, float).T
     hsv = rng.uniform(limits[:, :3], limits[:, 3:])[None].astype(np.float32)
     bgr = 255 * cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)[0].astype(float)
     return dict(zip(names, bgr, strict=True))
@@ -1655,10 +1665,8 @@ def draw_colours(rng):
 
 def move(rng, exercise, front, times):
     """Angles (T, 7, 2 sides) in degrees at `times` (T,) in seconds."""
-    poses = []
-    for angles in exercise.poses:
-        poses.append([np.broadcast_to(angle.split("/"), 2) for angle in angles])
-    poses = np.array(poses, float)
+    angles = [np.broadcast_to(angle.split("/"), 2) for angle in chain(*exercise.poses)]
+    poses = np.array(angles, float).reshape(-1, 7, 2)
     swapped = poses[..., ::-1].copy()
     if front:
         swapped[:, :2] *= -1  # swapping the sides also turns the lean of the torso around
