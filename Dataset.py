@@ -259,7 +259,8 @@ def run_script(main, name, stopped):
     clusters and containers send before they kill, is taken for Ctrl-C.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.stdout.reconfigure(errors="backslashreplace")  # a console may lack the letters of a name
+    # a console may lack the letters of a name; a file or a pipe should show each line at once
+    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     sentence = None
     try:
         main()

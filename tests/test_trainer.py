@@ -1,6 +1,7 @@
 """The training script: flags, micro-batches, checkpoints, and the script as a user runs it."""
 
 import csv
+import io
 import math
 import os
 import re
@@ -22,7 +23,7 @@ from torch import nn
 from torchvision.models.video import r3d_18
 
 import Trainer
-from Dataset import Batch, Segment, UserError
+from Dataset import Batch, Segment, UserError, run_script
 from SparseModel import (
     MODELS,
     Network,
@@ -858,6 +859,18 @@ def test_a_signal_ends_the_run_in_one_sentence(folder, tmp_path, stop):
     assert "--resume" in err.strip().splitlines()[-1]
     assert load(out / "last.pt")["epoch"] >= 1
     assert not list(out.glob("*.part*"))
+
+
+def test_each_line_is_in_a_log_file_at_once(monkeypatch):
+    log = io.BytesIO()
+
+    def main():
+        print("epoch 1")
+        assert log.getvalue().split() == [b"epoch", b"1"]
+
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(log))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    run_script(main, "Trainer.py", "")
 
 
 def test_a_failed_save_leaves_the_old_checkpoint_and_no_rest(tmp_path, monkeypatch):
