@@ -419,11 +419,7 @@ def find_data(args, processes, checkpoint):
                 data.data = DEMO.with_name("demo_debug")
             if not data.data.exists():
                 render_demo(data.data, 0, *people)
-        try:
-            data.setup()
-        except UserError:
-            processes.say("\n".join(data.notes))  # they may hold the reason
-            raise
+        data.setup()
     return data
 
 
@@ -1033,7 +1029,7 @@ def report(confusion, classes, stem):
     table = [[name, *row] for name, row in zip(classes, rows, strict=True)]
     write_csv(stem.with_suffix(".csv"), [["true / predicted", *classes], *table])
     title = f"{right} of {n} videos right"
-    picture = confusion_picture(confusion.numpy(), drawable(classes), title)
+    picture = confusion_picture(rows, drawable(classes), title)
     write_png(stem.with_suffix(".png"), picture)
 
 
@@ -1047,29 +1043,29 @@ def put_text(picture, text, x, y, colour=(0, 0, 0)):
 
 
 def confusion_picture(confusion, classes, title):
-    """uint8 BGR: one row per true class, deeper for a larger share of it, red for wrong."""
+    """uint8 BGR: one row per true class, deeper for a larger share of it, red for wrong.
+
+    confusion: rows of counts.
+    """
     margin = 70 + 10 * max(10, *map(len, classes))
     side = margin + CELL * len(classes)
     picture = np.full((side, side, 3), 255, np.uint8)
-
-    # names, at the left and turned at the top
-    for i, name in enumerate(classes):
-        put_text(picture, name, 10, margin + CELL * i + 28)
+    for i, row in enumerate(confusion):
+        y = margin + CELL * i
+        put_text(picture, classes[i], 10, y + 28)
+        for j, count in enumerate(row):
+            x = margin + CELL * j
+            ink = RIGHT if i == j else WRONG
+            colour = 245 - ink * count / max(1, sum(row))
+            cv2.rectangle(picture, (x, y, CELL - 1, CELL - 1), colour.tolist(), cv2.FILLED)
+            if count:
+                put_text(picture, str(count), x + 10, y + 28)
+    # the names once more, turned, over the columns
     names = picture[margin:, :margin]
     picture[:margin, margin:] = cv2.rotate(names, cv2.ROTATE_90_COUNTERCLOCKWISE)
     put_text(picture, title, 10, 20)
     put_text(picture, "predicted:", margin, 45)
     put_text(picture, "true:", 10, margin - 10)
-
-    # cells
-    for (i, j), count in np.ndenumerate(confusion):
-        x = margin + CELL * j
-        y = margin + CELL * i
-        ink = RIGHT if i == j else WRONG
-        colour = 245 - ink * count / max(1, confusion[i].sum())
-        cv2.rectangle(picture, (x, y, CELL - 1, CELL - 1), colour.tolist(), cv2.FILLED)
-        if count:
-            put_text(picture, str(count), x + 10, y + 28)
     return picture
 
 
@@ -1252,8 +1248,13 @@ def main(argv=None):
         with processes.together():
             check_data(args, data, checkpoint)
         processes.say(GO_ON.format(file=source(args), **checkpoint | vars(args)))
-    own = {name: checkpoint[name] for name in ("epoch", "classes")}
-    processes.agree(weights=is_trained(checkpoint), **own, files=data.sizes, seed=args.seed)
+    processes.agree(
+        weights=is_trained(checkpoint),
+        epoch=checkpoint["epoch"],
+        classes=checkpoint["classes"],
+        files=data.sizes,
+        seed=args.seed,
+    )
     model.to(processes.device)
     processes.from_first(model.state_dict().values())
     freeze(model, args, checkpoint)
