@@ -474,15 +474,19 @@ def missing_weights(args):
 DESCRIPTION = """\
 videos     {train} to train + {val} to validate: {counts}
 clips      {clip_len} frames, {clip_fps:g} per second, {size[0]}x{size[1]} pixels
-network    {model}, {millions:.2f} million weights, at the start {weights}
+network    {model}, {millions:.2f} million weights, trained before: {weights}
 recipe     {recipe}
 device     {world} x {device}, {micro_batch} clips at a time"""
 
 
+def class_counts(data_set):
+    return Counter(segment.label for segment in data_set.segments)
+
+
 def describe(args, data, model, checkpoint, processes):
     """Print what is trained, on what."""
-    train = Counter(segment.label for segment in data.train_set.segments)
-    val = Counter(segment.label for segment in data.val_set.segments)
+    train = class_counts(data.train_set)
+    val = class_counts(data.val_set)
     counts = [f"{name} {train[i]}+{val[i]}" for i, name in enumerate(data.classes)]
     facts = {
         "train": train.total(),
@@ -672,16 +676,16 @@ def train_epoch(model, loader, criterion, optimizer, args, processes):
         apply_gradients(model, optimizer, lr)
         # progress
         totals += sums
-        loss, correct, clips = totals.tolist()
-        bar.set_postfix_str(f"loss {loss / clips:.3f}, right {correct / clips:.0%}")
+        bar.set_postfix_str("loss {:.3f}, right {:.0%}".format(*totals / totals[2]))
         if epoch == 0 and step == 2:
             cost = duration((time.time() - started) * steps / 3)
             bar.write(f"time       about {cost} per epoch, without its validation")
     bar.close()
 
     average_statistics(model, processes)
-    loss, correct, clips = sum(processes.gather([totals])).tolist()
-    return {"train_loss": loss / clips, "train_top1": correct / clips, "lr": lr}
+    totals = sum(processes.gather([totals]))
+    loss, right, _ = (totals / totals[2]).tolist()
+    return {"train_loss": loss, "train_top1": right, "lr": lr}
 
 
 def refuse(batch, data_set, where):
@@ -1139,7 +1143,7 @@ def explain_videos(scores, data, folder):
 
 def too_few(data):
     """ "class videos, ..." of the classes with too few videos to train on."""
-    counts = Counter(segment.label for segment in data.train_set.segments)
+    counts = class_counts(data.train_set)
     few = [f"{name} {counts[i]}" for i, name in enumerate(data.classes) if counts[i] < FEW]
     return ", ".join(few)
 

@@ -1034,7 +1034,7 @@ def test_kinetics_weights_come_from_the_cache_or_their_absence_is_said_loudly(fo
     done = run("Trainer.py", *common, cwd=tmp_path, TORCH_HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("RANDOM weights") == 1
-    assert "at the start none" in done.stdout
+    assert "trained before: none" in done.stdout
 
     asked = [*common, "--weights", "kinetics"]
     done = run("Trainer.py", *asked, cwd=tmp_path, TORCH_HOME=str(tmp_path))
@@ -1045,7 +1045,7 @@ def test_kinetics_weights_come_from_the_cache_or_their_absence_is_said_loudly(fo
     torch.save(r3d_18().state_dict(), planted)
     done = run("Trainer.py", *common, cwd=tmp_path, TORCH_HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr
-    assert "at the start kinetics" in done.stdout
+    assert "trained before: kinetics" in done.stdout
     assert "RANDOM" not in done.stdout
 
 
