@@ -42,7 +42,7 @@ os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # a broken file is report
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from tqdm import tqdm
 
 # torchvision.transforms.v2 is imported where it is used: it loads torch's compiler, 2 s that --help
@@ -857,8 +857,9 @@ def collate(samples):
     clips, *columns = zip(*samples, strict=True)
     images = [clip.permute(0, 2, 3, 1) for clip in clips]
     shape = (len(images), *images[0].shape)
-    clips = torch.stack(images, out=shared_bytes(math.prod(shape)).view(shape))
-    return Batch(clips.permute(0, 1, 4, 2, 3), *map(torch.tensor, columns))
+    out = shared_bytes(math.prod(shape)).view(shape) if get_worker_info() else None
+    clips = torch.stack(images, out=out).permute(0, 1, 4, 2, 3)
+    return Batch(clips, *map(torch.tensor, columns))
 
 
 def start_worker(_):
