@@ -634,6 +634,10 @@ def shared_bytes(count):
     return torch.empty(0, dtype=torch.uint8).set_(block)
 
 
+# of frames in the cache, uint8: 1 where a frame is there (T,); the frames (T, C, h, w)
+View = namedtuple("View", "filled frames")
+
+
 class FrameCache:
     """Decoded and resized frames in RAM, before any augmentation, for all workers together.
 
@@ -657,16 +661,13 @@ class FrameCache:
         self.filled = shared_bytes(count)  # 1 where a frame is there
 
     def view(self, segment, numbers):
-        """(which are there (T,), frames (T, C, h, w)) at neighbouring numbers of the grid.
-
-        Both uint8 views of the memory. None if the file is not one of those that fit.
-        """
+        """The View at neighbouring numbers of the grid; None if the file did not fit."""
         if (segment.path, numbers[0]) not in self.places:
             return None
         place, byte = self.places[segment.path, numbers[0]]
         shape = (len(numbers), *segment.geometry.kept, 3)
         frames = self.frames[byte : byte + math.prod(shape)].view(shape)
-        return self.filled[place : place + len(numbers)], frames.permute(0, 3, 1, 2)
+        return View(self.filled[place : place + len(numbers)], frames.permute(0, 3, 1, 2))
 
 
 # ---------------------------------------------------------------------------------------- samples
@@ -733,14 +734,14 @@ class ExerciseVideoDataset(Dataset):
     def read(self, segment, numbers):
         """Resized frames at neighbouring numbers of a file's time grid -> uint8 (T, C, h, w)."""
         view = self.cache.view(segment, numbers)
-        if view and view[0].all():
-            return view[1]
+        if view and view.filled.all():
+            return view.frames
         times = [number / self.clip.fps for number in numbers]
         frames = read_frames(segment.path, times, segment.geometry, segment.way)
         frames = resize(frames, segment.geometry)
         if view:
-            view[1].copy_(frames)
-            view[0].fill_(1)  # last, for another worker may look
+            view.frames.copy_(frames)
+            view.filled.fill_(1)  # last, for another worker may look
         return frames
 
     def __getitem__(self, i):
@@ -829,11 +830,10 @@ class EpochBatches(Sampler):
         if shuffle:
             self.count = math.ceil(n / batch_size)
         self.batch_sizes = [len(share(range(n), k, self.count)) for k in range(self.count)]
-        smallest = min(self.batch_sizes, default=0)
-        if shuffle and smallest < world:
+        if shuffle and min(self.batch_sizes) < world:
             raise UserError(
-                f"{world} processes share batches of {smallest} clips: start fewer, or raise "
-                "--batch-size"
+                f"{world} processes share batches of {min(self.batch_sizes)} clips: start fewer, "
+                "or raise --batch-size"
             )
 
     def __len__(self):
@@ -951,7 +951,7 @@ def stretches(times, clip):
     steps = np.diff(times)
     pauses = steps > max(half, 4 * np.median([*steps, 0]))
     parts = np.split(times, np.flatnonzero(pauses) + 1)
-    found = [(part[0].item(), part[-1].item()) for part in parts]
+    found = [(part[0], part[-1]) for part in parts]
     return [(a, b) for a, b in found if b - a > half] or found[:1]
 
 
@@ -971,8 +971,7 @@ def windows(labels, times, clip, least=0.6):
             inside = on_grid[first : first + clip.length]
             label = inside[len(inside) // 2]
             if label != UNLABELLED and (inside == label).mean() >= least:
-                last = first + len(inside) - 1
-                found.append((int(label), moments[first].item(), moments[last].item()))
+                found.append((label, moments[first], moments[first + len(inside) - 1]))
     return found
 
 
@@ -1113,50 +1112,52 @@ def split_to_evaluate(videos, root, trained, notes):
 
 
 def look_closer(root):
-    """What a folder holds that can't be used, and what to do about it."""
+    """What a folder without usable videos holds, and what to do about it."""
     if not root.exists():
         return "it does not exist"
     if root.is_file():
         return "a single video is for HeatMap.py" if is_video(root) else "unpack it first"
-    files = [path for path in sorted(root.rglob("*")) if path.is_file()]
+    files = sorted(root.rglob("[!.]*.*"))
     first = next(filter(is_video, files), None)
     if first is None:
         counts = Counter(path.suffix.lower() for path in files)
         return "it holds " + "".join(f"{n} {end}, " for end, n in counts.items()) + "no video"
-    above = first.absolute().parent.parent
-    if above == root.absolute():
-        return f"its only folder with videos is {first.parent.name}"
-    return f"its videos lie as {first}: if {first.parent.name} is a class, give {above}"
+    name = first.parent.name
+    return f"its videos lie as {first}: if {name} is a class, give {first.absolute().parent.parent}"
 
 
 def lost(notes):
-    """What was left out, the first three, as the end of a sentence that it explains."""
-    reasons = [note for note in notes if note.startswith("left out")]
+    """What is not used, the first three notes, as the end of a sentence that it explains."""
+    reasons = [note for note in notes if note.startswith(("left out", "not used"))]
     return "".join(f"; {reason}" for reason in reasons[:3])
 
 
 def find_videos(root, notes, least=2):
     """The Videos of a folder, whatever its layout, with the parts that its folders give them.
 
-    Notes tell what was found. UserError for less than `least` classes or recordings.
+    Notes tell what was found, and what else there is. UserError for less than `least` classes or
+    recordings.
     """
     if not root.is_dir():
         raise UserError(f"{root} is not a folder, {look_closer(root)}: {USAGE}")
     parts = [part for part in PARTS if (root / part).is_dir()]
     if len(parts) > 1 or (parts and least == 1):
-        notes.append(f"{root} holds class folders in {' and '.join(parts)}")
-        return sum((class_folders(root / part, part) for part in parts), [])
-    if (root / "videos").is_dir() and (root / "labels").is_dir():
+        found = f"{root} holds class folders in {' and '.join(parts)}"
+        videos = sum((class_folders(root / part, part) for part in parts), [])
+        count = least
+    elif (root / "videos").is_dir() and (root / "labels").is_dir():
         videos = recordings(root, notes)
         count = len(videos)
         found = f"{root} holds {count} untrimmed recordings with labels"
-        hint = lost(notes)
     else:
         videos = class_folders(root)
         count = len({video.name for video in videos})
         found = f"{root} holds {count} class folders with videos"
-        hint = f"; {look_closer(root)}"
+    hint = lost(notes) or f"; {look_closer(root)}"
+    note_rest(root, videos, notes)
     if count < least:
+        if videos:
+            hint = f"; {videos[0].path} is in its place{lost(notes)}"
         raise UserError(f"{found} where at least {least} are needed{hint}. {USAGE}")
     notes.insert(0, found)
     return videos
@@ -1212,7 +1213,7 @@ def refuse_twins(videos):
             trained[video.path.stat().st_size].append(video)
     for video in videos:
         for twin in trained[video.path.stat().st_size]:
-            other = video[1:3] != twin[1:3]
+            other = video.part != "train" or video.name != twin.name
             if other and filecmp.cmp(video.path, twin.path, shallow=False):
                 raise UserError(
                     f"{video.path} is the same video as {twin.path}, which is trained on: remove "
@@ -1325,7 +1326,6 @@ class ExerciseVideoDataModule:
         # files
         notes = self.notes = []
         videos = find_videos(self.data, notes, least=1 if self.trained else 2)
-        note_rest(self.data, videos, notes)
         videos = split_by_table(videos, self.data / "split.csv", notes)
         probes, bad = check_files([video.path for video in videos], quiet=self.rank > 0)
         notes += [f"left out: {reason}" for reason in bad]

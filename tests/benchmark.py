@@ -470,7 +470,7 @@ def keep(cache, segment, numbers, frames):
 def load_cached(takes, cache, transform):
     """As in later epochs."""
     for segment, numbers, _ in takes:
-        transform(cache.view(segment, numbers)[1])
+        transform(cache.view(segment, numbers).frames)
 
 
 def load_by(decode, takes, cache, transform):

@@ -881,10 +881,16 @@ def test_folders_that_can_not_be_used_are_explained(tmp_path):
         (["v.zip"], "v.zip", "v.zip is not a folder, unpack it first"),
         (["squat/0.mp4"], "squat/0.mp4", "is not a folder, a single video is for HeatMap.py"),
         (["squat/0.mp4"], "squat", "its videos lie as .*squat/0.mp4: if squat is a class, give /"),
-        (["squat/0.mp4"], ".", "1 class folders .*; its only folder with videos is squat"),
+        (["squat/0.mp4"], ".", r"1 class folders .*; .*squat/0.mp4 is in its place\. --data"),
         (["my/squat/0.mp4"], ".", "lie as .*/my/squat/0.mp4: if squat is a class, give /.*/my"),
         (["squat/0.JPG", "squat/1.png", "v.zip"], ".", "it holds 1 .jpg, 1 .png, 1 .zip, no video"),
         ([], ".", "it holds no video. --data"),
+        ([".DS_Store", "notes"], ".", "it holds no video. --data"),
+        (
+            ["squat/0.mp4", "lunge/monday/1.mp4", "x.zip"],
+            ".",
+            r"squat/0.mp4 is in its place; .*1 \.mp4 files .*lunge/monday/1.mp4.*; .*x.zip",
+        ),
     ],
 )
 def test_a_wrong_folder_is_told_what_it_holds(tmp_path, files, data, sentence):
