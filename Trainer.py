@@ -689,9 +689,8 @@ def train_epoch(model, loader, criterion, optimizer, args, processes):
 
 
 def refuse(batch, data_set, where):
-    paths = {str(data_set.segments[i].path) for i in batch.videos.tolist()}
-    files = ", ".join(sorted(paths))
-    raise UserError(f"the loss is not finite in {where}: look at {files}, or lower --lr")
+    files = sorted({str(data_set.segments[i].path) for i in batch.videos.tolist()})
+    raise UserError(f"the loss is not finite in {where}: look at {', '.join(files)}, or lower --lr")
 
 
 def average_statistics(model, processes):
@@ -850,7 +849,7 @@ def print_when(segments, scores):
     their probabilities. The figures are means over the recordings.
     """
     recordings = defaultdict(list)
-    for i in sorted(range(len(segments)), key=lambda i: segments[i].start):
+    for i in np.argsort([segment.start for segment in segments]):
         recordings[segments[i].path].append(i)
     for title, cost in (("smoothed", COST), ("raw", 0.0)):
         figures = []
@@ -930,8 +929,8 @@ BY_HEART = "it learns the training videos by heart"
 
 def move_aside(folder):
     """Move the files of another run out of the way, to a folder that is named by its last hour."""
-    patterns = ["last.pt", *REPORTS, *(f"{name}*" for name in MODELS)]
-    old = [path for pattern in patterns for path in folder.glob(pattern)]
+    names = ("last.pt", *REPORTS, *MODELS)
+    old = [path for path in folder.iterdir() if path.name.startswith(names)]
     if not old:
         return
     ended = time.localtime(max(path.stat().st_mtime for path in old))
