@@ -1129,7 +1129,7 @@ def look_closer(root):
 def lost(notes):
     """What is not used, the first three notes, as the end of a sentence that it explains."""
     reasons = [note for note in notes if note.startswith(("left out", "not used"))]
-    return "".join(f"; {reason}" for reason in reasons[:3])
+    return "".join(f"; {reason}" for reason in sorted(reasons)[:3])  # "left out" comes first
 
 
 def find_videos(root, notes, least=2):

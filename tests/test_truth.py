@@ -513,6 +513,8 @@ def test_ids_that_name_nothing_are_named(eight):
 )
 def test_a_misspelt_id_is_in_the_sentence_with_the_video_that_it_may_mean(tmp_path, lines, said):
     fill(tmp_path, "a/Person1_a.mp4", "b/Person1_b.mp4", "a/Person2_a.mp4", "b/Person2_b.mp4")
+    for name in ("a/1.jpg", "a/2.png", "a/3.txt"):  # they don't bury it
+        (tmp_path / name).write_text("x")
     with pytest.raises(UserError, match=said + r"did you mean Person[12]_a\.mp4\?"):
         module(split(tmp_path, *lines))
 
