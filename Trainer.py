@@ -205,6 +205,7 @@ def parse_args(argv=None, saved=None):
     args = parser.parse_args(argv, argparse.Namespace(**saved or {}))
     args.command = shlex.join(sys.argv[1:] if argv is None else argv)
     args.on_gpu = args.device != "cpu" and torch.cuda.is_available()
+    args.workers = min(args.workers, cores())  # torch warns of more
     if args.debug:
         vars(args).update(epochs=1, workers=0, cache_gb=0.0, resume=False)
         args.checkpoint_dir = Path("debug_output")

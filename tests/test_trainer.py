@@ -121,6 +121,12 @@ def test_the_seed_documents_numbers_are_the_defaults():
     assert Trainer.parse_args(["--debug", "True"]).workers == 0
 
 
+def test_there_are_no_more_loader_processes_than_cores(monkeypatch):
+    monkeypatch.setattr(Trainer, "cores", lambda: 3)
+    assert Trainer.parse_args(["--workers", "9"]).workers == 3
+    assert Trainer.parse_args(["--workers", "2"]).workers == 2
+
+
 def test_the_learning_rate_warms_up_and_follows_a_cosine():
     args = Namespace(lr=1.0, warmup=2.0, epochs=12)
     rates = [Trainer.learning_rate(step, 10, args) for step in range(120)]
