@@ -24,16 +24,24 @@ predictions.csv.
 signed un-normalised values (N, H', W') at the stage's own resolution, means of the windows; stages
 of more than 64 cells per side are averaged down.
 
---check asks two questions about at most four windows of the video, spread evenly:
+--check asks whether to believe a map, in at most four windows of the class most seen, and says
+"believe it", "can't tell" or "DO NOT believe it" (how often it is right: tests/calibrate.py):
 1. Deletion and insertion (Petsiuk et al., 2018, arXiv:1806.07421): p is the class probability after
-   the hottest 5, 10, 20, 40 % of the clip's T x H x W values were replaced by a blurred clip (mean
-   over time, bilinear between 4 x 4 fields), or after all others were. Good maps have a lower p
-   (deletion) and a higher p (insertion), as means over the shares, than random regions of the same
-   size and smoothness: noise with the map's own power spectrum, four draws.
+   the hottest 5, 10, 20 % of the clip's T x H x W values were replaced by a blurred clip (mean over
+   time, bilinear between 4 x 4 fields), or after all others were. A good map has a lower p
+   (deletion) and a higher p (insertion), as means over the shares, than 20 random maps of the same
+   size and smoothness: half of them noise with the map's own power spectrum, half the maps of
+   untrained networks, which see edges and people as well. To be believed it must lead by 1.75
+   standard errors, and be behind one of them at most: half of all random maps are better than the
+   mean of random maps.
 2. Re-initialisation (Adebayo et al., 2018, arXiv:1810.03292): Pearson correlation of the positive
    parts of the map and of the map of the same network whose layers are new from the top:
-   classifier; upper third of the stages as well; two thirds; all; four draws each. Near 0, the map
-   shows what was learned; near 1, it shows the pictures' own edges.
+   classifier; upper third of the stages as well; two thirds; all. Near 0, the map shows what was
+   learned; near 1, it shows the pictures' own edges.
+3. Another class (Sixt et al., 2020, arXiv:1912.09818): the same correlation with the map of the
+   second most probable class. Near 1, the map does not depend on the class that it explains.
+4. Moments: how probable the class remains without each second (half a clip) of the video.
+<output>_check.csv holds the numbers of 1 to 3, with the fields of CheckLine.
 Limits: a blurred clip is no natural one, and classes of stillness gain by blurring; a map that
 passes shows what raised this network's score, not what a coach would look at.
 """
@@ -94,9 +102,11 @@ from SparseModel import (
 )
 
 METHODS = ["gradcam", "hirescam"]
-SHARES = (0.05, 0.1, 0.2, 0.4)  # of the space-time volume, in deletion and insertion
+SHARES = (0.05, 0.1, 0.2)  # of the space-time volume, in deletion and insertion
 SHARP = 8  # cells on the short side that a map of --layer sharp has at least
-DRAWS = 4  # of random regions and of re-initialised networks
+DRAWS = 10  # of noise, and of networks that learned nothing
+SURE = 1.75  # standard errors: chosen with tests/calibrate.py
+ALIKE = 0.9  # the correlation with another class's map from which on they are the same
 CODECS = {".webm": "VP80", ".mp4": "mp4v"}  # VP8 plays in browsers; mp4v is faster but does not
 COLORMAP = cv2.COLORMAP_TURBO
 ALPHA = 0.6  # opacity of the heat
@@ -118,14 +128,17 @@ frames of the time grid from window to window. threshold: the probability below 
 unknown.
 """
 
-Explanation = namedtuple("Explanation", "shape times starts moments scores targets spans fps maps")
+Explanation = namedtuple(
+    "Explanation", "shape times starts moments scores targets spans fps maps lost", defaults=(0,)
+)
 Explanation.__doc__ = """What the network found in a video of N frames on the time grid, M windows.
 
 shape: (h, w) of the frames in the file. times: float32 (N,) of these frames in seconds. starts,
 moments: (M,) the first frame of each window, and its middle in seconds. scores: float32
 (M, num_classes) its calibrated probabilities. targets: int64 (M,) the class to explain. spans:
 Dataset.Spans. fps: frames per second of the file, as counted. maps: {"layer method": float32
-(N, H', W'), signed and un-normalised}, if asked for.
+(N, H', W'), signed and un-normalised}, if asked for. lost: (N,) the share of its probability that
+the explained class loses without the moment, else 0.
 """
 
 
@@ -384,13 +397,18 @@ def cross_fade(maps, starts, length, n):
 
 # ------------------------------------------------------------------------------------------- check
 
-CheckLine = namedtuple("CheckLine", "layer method test part value random")
-CheckLine.__doc__ = """A number of --check.
+CheckLine = namedtuple(
+    "CheckLine",
+    "layer method left random_left kept random_kept lead error beaten new_weights other",
+)
+CheckLine.__doc__ = """What --check found of one map.
 
-test: "deletion" or "insertion", where `part` is the share of the clip, value and random are class
-probabilities for the map and for random regions, means over clips (and draws); or "new weights",
-where `part` is the number of stages left as trained, value is the mean correlation with the maps of
-such networks, and random the largest one of a draw.
+left, kept: class probability after deletion and after insertion, means over SHARES and windows; of
+random maps, the better mean of noise and of untrained networks. The score is kept - left: lead and
+error are its difference to the better mean and the standard error of that, beaten is how many of
+the 2 DRAWS random maps have a lower one. new_weights: correlations with the maps of networks with
+new weights, from the classifier alone to all. other: that with the map of the second most probable
+class.
 """
 
 
@@ -445,62 +463,107 @@ def correlation(a, b):
 
 
 def compare_regions(model, clips, heats, target):
-    """Yield (test, share, value, random) of deletion and insertion; heats (B, T, H, W)."""
-    found = []
-    for clip, heat in zip(clips, heats, strict=True):
-        regions = [heat, *(surrogate(heat) for _ in range(DRAWS))]
-        found.append([occlude(model, clip, region, target) for region in regions])
-    mean = np.mean(found, axis=0)  # (regions, tests, shares)
-    for i, test in enumerate(("deletion", "insertion")):
-        for share, ours, *random in zip(SHARES, *mean[:, i], strict=True):
-            yield test, share, ours, np.mean(random)
+    """The numbers of CheckLine from left to beaten.
+
+    heats: (B, T, H, W) of the map, then of DRAWS networks that learned nothing; as much noise is
+    made. A random map is one draw in all windows, as the map of a video has one luck in all of
+    them. So windows are the independent units of the paired differences, and draws those of luck:
+    their variances are added. With one window there is luck alone.
+    """
+    p = []
+    for clip, heat, *blind in zip(clips, *heats, strict=True):
+        torch.manual_seed(0)
+        regions = [heat, *(surrogate(heat) for _ in range(DRAWS)), *blind]
+        p.append([occlude(model, clip, region, target).mean(1) for region in regions])
+    p = np.array(p)  # (windows, regions, left and kept)
+    ours = p[:, 0].mean(0)
+    left, kept = p[:, 1:].mean(0).reshape(2, DRAWS, 2).mean(1).T
+    scores = p[..., 1] - p[..., 0]
+    score = scores[:, 0].mean()
+    random = scores[:, 1:].mean(0).reshape(2, DRAWS)
+    luck = random.var(1, ddof=1).mean() * (1 + 1 / DRAWS)
+    windows = (scores[:, 0] - scores[:, 1:].mean(1)).var() / max(1, len(p) - 1)
+    lead = score - random.mean(1).max()
+    beaten = int((random < score).sum())
+    return ours[0], left.min(), ours[1], kept.max(), lead, math.sqrt(luck + windows), beaten
 
 
-def check(model, clips, layers, methods, target):
-    """CheckLines of the tests in the module's docstring on clips (B, 3, T, H, W), normalised."""
-    question = (clips, layers, methods, torch.tensor(target).expand(len(clips)))
-    ours = maps_of(model, *question)
+def check(model, clips, maps, target, second):
+    """CheckLines of maps of clips (B, 3, T, H, W), normalised, as in the module's docstring.
+
+    maps: {(layer, method): (B, T', H', W')}, as of `explain` for the class `target`. second: the
+    class to compare with.
+    """
+    layers, methods = (list(dict.fromkeys(names)) for names in zip(*maps, strict=True))
+
+    def ask_again(network, label):
+        return maps_of(network, clips, layers, methods, torch.tensor(label).expand(len(clips)))
+
+    other = ask_again(model, second)
     n = len(model.features)
+    r = {name: [] for name in maps}
     lines = []
     with torch.random.fork_rng(devices=[]):  # all draws are on the CPU
         torch.manual_seed(0)
         for keep in tqdm((n, 2 * n // 3, n // 3, 0), "check: new weights", leave=False):
-            draws = [maps_of(renewed(model, clips, keep), *question) for _ in range(DRAWS)]
-            for name, maps in ours.items():
-                r = [correlation(maps, draw[name]) for draw in draws]
-                largest = max(r, key=abs)
-                lines.append(CheckLine(*name, "new weights", keep, np.mean(r), largest))
-        for name, maps in tqdm(ours.items(), "check: deletion", leave=False):
-            heats = stretch(maps, clips.shape[2:])
-            for numbers in compare_regions(model, clips, heats, target):
-                lines.append(CheckLine(*name, *numbers))
+            draws = 2 if keep else DRAWS
+            new = [ask_again(renewed(model, clips, keep), target) for _ in range(draws)]
+            for name, ours in maps.items():
+                r[name].append(float(np.mean([correlation(ours, draw[name]) for draw in new])))
+        for name, ours in tqdm(maps.items(), "check: deletion", leave=False):
+            every = [ours, *(draw[name] for draw in new)]  # these have learned nothing
+            heats = [stretch(cells, clips.shape[2:]) for cells in every]
+            numbers = compare_regions(model, clips, heats, target)
+            lines.append(CheckLine(*name, *numbers, r[name], correlation(ours, other[name])))
     return lines
 
 
-def verdicts(lines, name):
-    """Two sentences on the CheckLines of one map, which `name` calls in them."""
-
-    def means(test):
-        return np.mean([(line.value, line.random) for line in lines if line.test == test], axis=0)
-
-    r, _ = means("new weights")
-    if math.isnan(r):
-        yield f"{name}: blank for one of the clips, so there is no verdict"
-        return
-    out, random_out = means("deletion")
-    kept, random_kept = means("insertion")
-    gain = round(min(random_out - out, kept - random_kept), 2)
-    verdict = "DO NOT believe it, random places are better"
-    if gain == 0:
-        verdict = "no verdict, random places are as good"
-    if gain > 0:
+def verdicts(line, second):
+    """The verdict of a CheckLine, then sentences with its reasons. second: name of the class."""
+    r = np.mean(line.new_weights)
+    verdict = "can't tell, some random maps may do as well"
+    if line.beaten < DRAWS:
+        verdict = "DO NOT believe it, most random maps do better"
+    both = line.left < line.random_left and line.kept > line.random_kept
+    if both and line.lead > SURE * line.error and line.beaten >= 2 * DRAWS - 1:
         verdict = "believe it"
-    deletion = f"without the hottest places {out:.0%} (without random ones {random_out:.0%})"
-    yield f"{name}: {deletion}, with nothing else {kept:.0%} ({random_kept:.0%}): {verdict}"
-    verdict = "DO NOT believe it, weights hardly matter"
-    if abs(r) < 0.3:
-        verdict = "it shows what was learned"
-    yield f"{name}: correlation {r:+.2f} with the maps of networks with new weights: {verdict}"
+    if line.other > ALIKE:
+        verdict = f"DO NOT believe it, it would be the same for {second}"
+    if abs(r) >= 0.3:
+        verdict = "DO NOT believe it, what was learned hardly matters"
+    if math.isnan(r):
+        verdict = "can't tell, it is blank"
+    yield f"{line.layer} {line.method}: {verdict}"
+    yield f"  without its hottest places {line.left:.0%}, without others {line.random_left:.0%}"
+    yield f"  of these places alone {line.kept:.0%}, of others alone {line.random_kept:.0%}"
+    lead = f"a lead of {100 * line.lead:.0f} points, where luck alone makes {100 * line.error:.0f}"
+    yield f"  better than {line.beaten} of {2 * DRAWS} random maps, {lead}"
+    yield f"  likeness to the map of {second} {line.other:.2f}, of untrained networks {r:.2f}"
+
+
+@torch.inference_mode()
+def without_moments(video, found, question):
+    """The probability of the explained class with each moment, and without it: float (2, N).
+
+    Occlusion (Zeiler and Fergus, 2014, arXiv:1311.2901) in time: instead of one half of a window
+    the nearest frame of the other half is shown. N frames of the time grid, means over the windows
+    that show them.
+    """
+    model, length = question.model, question.clip.length
+    half = length // 2
+    frames = torch.arange(length)
+    logits = []
+    for _, clips in prepared(open_video(video), question):
+        halves = [clips[:, :, frames.clip(half)], clips[:, :, frames.clip(max=half - 1)]]
+        logits.append([logits_of(model, part).cpu() for part in halves])
+    total = np.zeros((3, len(found.times)))
+    for j, part in enumerate(zip(*logits, strict=True)):
+        left = torch.cat(part).softmax(1).numpy()
+        for i, target in enumerate(found.targets):
+            begin = found.starts[i] + j * half
+            there = total[:, begin : begin + half + j * length % 2]
+            there += np.array([[found.scores[i, target]], [left[i, target]], [1]])
+    return total[:2] / total[2]
 
 
 # ----------------------------------------------------------------------------------------- picture
@@ -567,7 +630,8 @@ def draw_time_line(width, size, found, classes):
     """The whole video from left to right, in letters of `size` pixels: uint8 (8 size, width, 3).
 
     A line for text; the probability of the class explained as a curve, and the spans by name, both
-    in the colours of the spans; at the bottom the seconds.
+    in the colours of the spans; between them, with --check, the moments that carry it, as heat; at
+    the bottom the seconds.
     """
     seconds = max(found.times[-1], 0.1)
     times = np.linspace(0, seconds, width)
@@ -582,6 +646,11 @@ def draw_time_line(width, size, found, classes):
     score = np.interp(times, found.moments, score)[:, None]
     level = np.linspace(1, 0, len(curve))[:, None, None]
     curve[:] = np.where(level <= score, colours, 48)
+    # with --check, the moments that carry it
+    if np.any(found.lost):
+        row = curve[-size // 2 :]
+        lost = np.interp(times, found.times, found.lost)
+        row[:] = overlay(np.full_like(row, DARK), np.tile(lost, (len(row), 1)))
     write(curve, ["100%", "0%"], size)
     # the names
     names[:] = colours
@@ -826,6 +895,39 @@ def write_tables(found, classes, spans, windows):
     return rows
 
 
+def check_file(video, table, found, question):
+    """Print whether to believe the maps, write the table; the Explanation with `lost`."""
+    model, layers, methods = question.model, question.layers, question.methods
+    # the tests of the maps ask about one class
+    target = np.bincount(found.targets).argmax()
+    own = np.flatnonzero(found.targets == target)
+    few = own[np.linspace(0, len(own) - 1, 4).round().astype(int)]
+    scores = found.scores[few].mean(0)
+    scores[target] = 0
+    second = scores.argmax()
+    windows = read_windows(open_video(video), question.clip, question.stride)
+    clips = [frames for i, (_, frames) in enumerate(windows) if i in few]
+    clips = model.prepare(torch.stack(clips))
+    maps = maps_of(model, clips, layers, methods, torch.tensor(target).expand(len(clips)))
+    lines = check(model, clips, maps, target, second)
+    for line in lines:
+        print(*verdicts(line, question.classes[second]), sep="\n")
+    rows = [(question.classes[target], *line) for line in lines]
+    write_csv(table, [("class", *CheckLine._fields), *rows])
+
+    # the moments
+    p, left = without_moments(video, found, question)
+    lost = p - left
+    most = np.flatnonzero(lost > lost.max() - 1e-6)
+    first, last = most[[0, -1]]
+    seconds = f"{clock(found.times[first])} to {clock(found.times[last] + 1 / question.clip.fps)}"
+    said = f"{seconds} carry most of it"
+    if lost.max() < 0.1:
+        said = f"no moment decides alone, not even {seconds}"
+    print(f"{said}: without these frames {p[first]:.0%} becomes {left[first]:.0%}")
+    return found._replace(lost=(lost / p).clip(0))
+
+
 def explain_file(video, output, question, args):
     """Explain one video and write the results; none of them if one exists and isn't `force`d.
 
@@ -839,7 +941,7 @@ def explain_file(video, output, question, args):
             raise UserError(f"{path} exists: give --output another name, or overwrite with --force")
 
     # which class when
-    model, clip, classes = question.model, question.clip, question.classes
+    clip, classes = question.clip, question.classes
     found = (predict_video if args.no_heat else explain_video)(video, question)
     print(f"{video}: {len(found.scores)} windows")
     rows = write_tables(found, classes, spans, windows)
@@ -853,23 +955,13 @@ def explain_file(video, output, question, args):
     # where it looked
     name = subject(found, classes)
     print(*ranges(found, name), sep="\n")
+    if args.check:
+        found = check_file(video, heat[2], found, question)
     render(video, output, found, clip.size, drawable(classes), args.full_size)
     if args.npy:
         maps = {f"{row} {name}": maps for row, maps in found.maps.items()}
         with replacing(heat[1]) as part:
             np.savez(part, times=found.times, **maps)
-    if args.check:
-        windows = read_windows(open_video(video), clip, question.stride)
-        few = np.linspace(0, len(found.moments) - 1, 4).round()
-        clips = [frames for i, (_, frames) in enumerate(windows) if i in few]
-        clips = model.prepare(torch.stack(clips))
-        target = np.bincount(found.targets).argmax()
-        lines = check(model, clips, question.layers, question.methods, target)
-        for row in found.maps:
-            mine = [line for line in lines if f"{line.layer} {line.method}" == row]
-            print(*verdicts(mine, row), sep="\n")
-        table = [(classes[target], *line) for line in lines]
-        write_csv(heat[2], [("class", *CheckLine._fields), *table])
     print("written", *(path for path in paths if path.exists()))
     return rows
 

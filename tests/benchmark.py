@@ -670,24 +670,18 @@ def heat_in_time(heat, masks):
     return heat[fast].mean() / max(heat[~fast].mean(), 1e-30)
 
 
-def beats_random(lines, test, sign):
-    """Whether the mean over the shares speaks for the map; lines of one map, from HeatMap.check."""
-    return np.mean([sign * (line.value - line.random) for line in lines if line.test == test]) > 0
-
-
-def judge(maps, lines, masks, clip):
-    """The Evidence of one map (1, T', H', W'), with its lines of HeatMap.check."""
+def judge(maps, line, masks, clip):
+    """The Evidence of one map (1, T', H', W'), with its line of HeatMap.check."""
     width, height = clip.size
     heat = HeatMap.stretch(maps, (clip.length, height, width))[0].relu().double().numpy()
     inside = dilated(masks, maps.shape[2:], clip.size)
     area = inside.mean()
     share = (heat * inside).sum() / max(heat.sum(), 1e-30)
     hottest = inside.flat[heat.argmax()]
-    deletion = beats_random(lines, "deletion", -1)
-    insertion = beats_random(lines, "insertion", 1)
-    new = [line.value for line in lines if line.test == "new weights"]
+    deletion = line.left < line.random_left
+    insertion = line.kept > line.random_kept
     in_time = heat_in_time(heat, masks)
-    return Evidence(area, share / area, hottest, deletion, insertion, new, in_time)
+    return Evidence(area, share / area, hottest, deletion, insertion, line.new_weights, in_time)
 
 
 def evidence(args):
@@ -708,11 +702,11 @@ def evidence(args):
             continue
         right += 1
         masks = figure(path, np.array(item.grid) / data.clip.fps)
-        lines = HeatMap.check(network, clips, layers, HeatMap.METHODS, label)
-        maps, _ = explain(network, clips, layers, HeatMap.METHODS, label)
-        for name in product(layers, HeatMap.METHODS):
-            mine = [line for line in lines if (line.layer, line.method) == name]
-            judged = judge(maps[name], mine, masks, data.clip)
+        maps, logits = explain(network, clips, layers, HeatMap.METHODS, label)
+        *_, second = (n for n in logits[0].argsort().tolist() if n != label)
+        for line in HeatMap.check(network, clips, maps, label, second):
+            name = line.layer, line.method
+            judged = judge(maps[name], line, masks, data.clip)
             if not moves(data.classes[label]):
                 judged = judged._replace(time=np.nan)
             found[name].append(judged)

@@ -515,8 +515,7 @@ def test_deletion_and_insertion_equal_numbers_by_hand():
     clip = torch.full((3, 4, 20, 20), -1.0)
     clip[..., 2::5] = 4.0
     deleted, inserted = HeatMap.occlude(MeanAgainstZero(), clip, clip[0], 0)
-    # 5, 10, 20 % of 4; then all of it and 20 % of -1
-    means = np.array([0.2, 0.4, 0.8, 0.8 - 0.2])
+    means = np.array([0.2, 0.4, 0.8])  # 5, 10, 20 % of 4
     assert deleted == pytest.approx(1 / (1 + np.exp(means)), abs=1e-6)
     assert inserted == pytest.approx(1 / (1 + np.exp(-means)), abs=1e-6)
 
@@ -564,22 +563,161 @@ def test_renewed_network_keeps_the_first_stages_and_the_trained_network(checkpoi
     assert relative(fresh.features[:12](clips), model.features[:12](clips)) == 0
 
 
+def patch_of_clips(number):
+    """Clips of noise, a network for which only a patch counts, and the map (T, H, W) of it."""
+    clips = 0.1 * torch.randn(number, 3, 4, 24, 24)
+    heat = torch.zeros(4, 24, 24)
+    heat[:, 4:10, 12:18] = 1
+    clips += 3 * heat
+
+    def network(clips):
+        mean = (clips * heat).sum((1, 2, 3, 4)) / heat.sum()
+        return torch.stack([mean, 0 * mean], 1)
+
+    return clips, network, heat
+
+
+def judged(clips, network, heats, new_weights=0.0, other=0.0):
+    """The CheckLine of maps (B, T, H, W) for class 0; the untrained networks' are noise."""
+    blind = [torch.randn(heats.shape) for _ in range(HeatMap.DRAWS)]
+    numbers = HeatMap.compare_regions(network, clips, [heats, *blind], 0)
+    return CheckLine("features.1", "hirescam", *numbers, [new_weights] * 4, other)
+
+
+@pytest.mark.parametrize("windows", [1, 3])
+def test_a_planted_cause_is_believed_and_its_opposite_is_not(windows):
+    torch.manual_seed(0)
+    clips, network, heat = patch_of_clips(windows)
+    heats = heat + 0.01 * torch.randn(windows, *heat.shape)
+    line = judged(clips, network, heats)
+    assert line.beaten >= 19
+    assert next(HeatMap.verdicts(line, "squat")) == "features.1 hirescam: believe it"
+    opposite = judged(clips, network, -heats)
+    assert opposite.beaten < 10
+    assert "DO NOT" in next(HeatMap.verdicts(opposite, "squat"))
+
+
+def test_random_maps_are_not_believed():
+    """Twenty of them: of exchangeable maps one of 21 is the best."""
+    torch.manual_seed(0)
+    clips, network, heat = patch_of_clips(1)
+    verdicts = []
+    for _ in range(20):
+        noise = nn.functional.interpolate(torch.randn(1, 1, 4, 4), (24, 24), mode="bicubic")
+        line = judged(clips, network, noise[0].repeat(1, 4, 1, 1))
+        verdicts.append(next(HeatMap.verdicts(line, "squat")))
+    assert sum(verdict.endswith(": believe it") for verdict in verdicts) <= 1
+
+
+def test_what_differs_by_the_window_is_not_sure(monkeypatch):
+    """Scores by hand: leads of 0.8 and 0 over random maps, mean 0.4, error 0.4."""
+    monkeypatch.setattr(HeatMap, "DRAWS", 2)
+    ours = iter([1.0, 0.2])
+
+    def occlude(model, clip, heat, target):
+        kept = next(ours) if heat.any() else 0.2
+        return np.array([[0.0], [kept]])
+
+    monkeypatch.setattr(HeatMap, "occlude", occlude)
+    monkeypatch.setattr(HeatMap, "surrogate", torch.zeros_like)
+    heats = torch.ones(2, 1, 2, 2)
+    numbers = HeatMap.compare_regions(None, heats, [heats, 0 * heats, 0 * heats], 0)
+    line = CheckLine("1", "gradcam", *numbers, [0.0] * 4, 0.0)
+    assert (line.kept, line.random_kept) == pytest.approx((0.6, 0.2))
+    assert (line.lead, line.error) == pytest.approx((0.4, 0.4))
+    assert line.beaten == 4
+    line = line._replace(left=-0.1)
+    assert "can't tell" in next(HeatMap.verdicts(line, "squat"))
+
+
+def test_the_standard_error_of_one_window_is_that_of_luck(monkeypatch):
+    """Noise of 0.1 and 0.3, untrained networks of 0.2 and 0.6: variances 0.02 and 0.08."""
+    monkeypatch.setattr(HeatMap, "DRAWS", 2)
+    kept = iter([0.9, 0.1, 0.3, 0.2, 0.6])
+    monkeypatch.setattr(HeatMap, "occlude", lambda *_: np.array([[0.0], [next(kept)]]))
+    heats = torch.rand(1, 2, 4, 4)
+    *_, lead, error, beaten = HeatMap.compare_regions(None, heats, [heats] * 3, 0)
+    assert lead == pytest.approx(0.9 - 0.4)
+    assert error == pytest.approx(math.sqrt(0.05 * 1.5))
+    assert beaten == 4
+
+
 @pytest.mark.parametrize(
-    ("deletion", "insertion", "r", "words"),
+    ("changed", "word"),
     [
-        ((0.2, 0.7), (0.6, 0.1), 0.1, ["believe it", "what was learned"]),
-        ((0.8, 0.7), (0.6, 0.1), 0.1, ["DO NOT believe", "what was learned"]),
-        ((0.2, 0.7), (0.1, 0.3), 0.9, ["DO NOT believe", "DO NOT believe"]),
+        ({}, ": believe it"),
+        ({"beaten": 18}, "can't tell"),
+        ({"lead": 0.17}, "can't tell"),
+        ({"beaten": 3}, "DO NOT believe it, most random"),
+        ({"left": 0.5}, "can't tell"),
+        ({"other": 0.95}, "DO NOT believe it, it would be the same for lunge"),
+        ({"new_weights": [0.9, 0.4, 0.2, 0.1]}, "DO NOT believe it, what was learned"),
+        ({"new_weights": [math.nan] * 4}, "can't tell, it is blank"),
     ],
 )
-def test_verdicts(deletion, insertion, r, words):
-    numbers = ("deletion", 0.1, *deletion), ("insertion", 0.1, *insertion), ("new weights", 3, r, r)
-    lines = [CheckLine("1", "gradcam", *rest) for rest in numbers]
-    sentences = list(HeatMap.verdicts(lines, "name"))
-    assert len(sentences) == 2
-    for sentence, word in zip(sentences, words, strict=True):
-        assert word in sentence
-        assert word.startswith("DO") or "DO NOT" not in sentence
+def test_verdicts(changed, word):
+    line = CheckLine("1", "gradcam", 0.2, 0.4, 0.6, 0.1, 0.7, 0.1, 20, [0.1] * 4, 0.2)
+    first, *reasons = HeatMap.verdicts(line._replace(**changed), "lunge")
+    assert word in first
+    assert len(reasons) == 4
+
+
+def test_maps_of_a_network_that_sees_one_class_are_the_same_for_another(clips, monkeypatch):
+    monkeypatch.setattr(HeatMap, "DRAWS", 2)
+    model = lively("mobilenet_v2_3d")
+    weight = model.classifier[1].weight.data
+    weight[2] = 3 * weight[1]
+    maps, _ = explain(model, clips[:1], ["features.13"], ["hirescam"], 1)
+    (same,) = HeatMap.check(model, clips[:1], maps, 1, 2)
+    (differs,) = HeatMap.check(model, clips[:1], maps, 1, 0)
+    assert same.other == pytest.approx(1, abs=1e-5)
+    assert differs.other < 0.9
+    assert "the same for" in next(HeatMap.verdicts(same, "lunge"))
+    assert len(same.new_weights) == 4
+
+
+class BrightAtAnyTime(nn.Module):
+    """p = 1 / (1 + exp(-brightest frame)) for class 0."""
+
+    def forward(self, clips):
+        score = clips.mean((1, 3, 4)).amax(1)
+        return torch.stack([score, 0 * score], 1)
+
+
+def test_the_moment_that_decides_is_found(monkeypatch):
+    """Windows of 4 from 0, 2, 4; the frames 4 and 5 have 5, the others 0."""
+    x = torch.zeros(1, 3, 8, 2, 2)
+    x[:, :, 4:6] = 5
+    windows = torch.cat([x[:, :, i : i + 4] for i in (0, 2, 4)])
+    monkeypatch.setattr(HeatMap, "open_video", lambda path: None)
+    monkeypatch.setattr(HeatMap, "prepared", lambda *_: iter([(6, windows[:2]), (8, windows[2:])]))
+    question = Namespace(model=BrightAtAnyTime(), clip=ClipFormat((2, 2), 4, 8.0))
+    sure = 1 / (1 + math.exp(-5))
+    scores = np.array([[p, 1 - p] for p in (0.5, sure, sure)])
+    found = Namespace(
+        times=np.arange(8) / 8, starts=np.array([0, 2, 4]), targets=[0, 0, 0], scores=scores
+    )
+    p, left = HeatMap.without_moments(None, found, question)
+    assert p == pytest.approx([0.5, 0.5, *[(0.5 + sure) / 2] * 2, *[sure] * 4])
+    assert left == pytest.approx([0.5, 0.5, *[(0.5 + sure) / 2] * 2, 0.5, 0.5, sure, sure])
+
+
+def test_the_time_line_shows_the_moments_that_decide():
+    classes = ["squat", "unknown"]
+    found = Namespace(
+        times=np.arange(9.0),
+        moments=np.array([4.0]),
+        scores=np.array([[0.9, 0.1]]),
+        targets=np.array([0]),
+        spans=[Span(0.0, 8.0, 0, 0.9)],
+        lost=np.array([0, 0, 0, 0, 0, 0, 1.0, 1.0, 1.0]),
+    )
+    heat = HeatMap.draw_time_line(800, 20, found, classes)
+    plain = HeatMap.draw_time_line(800, 20, Namespace(**vars(found) | {"lost": 0}), classes)
+    assert np.array_equal(np.unique(np.nonzero(heat != plain)[0]), np.arange(90, 100))
+    _, green, red = heat[95].astype(int).T
+    hot = np.flatnonzero(red > green + 50)
+    assert (hot.min(), hot.max()) == (pytest.approx(550, abs=50), 799)
 
 
 # ------------------------------------------------------------------------------------------ picture
@@ -878,24 +1016,15 @@ def test_check_prints_verdicts_and_writes_its_numbers(tmp_path, video, checkpoin
         "plank",
     )
     assert code == 0, stderr
-    words = ("believe", "learned", "no verdict")
-    assert sum(any(word in line for word in words) for line in stdout.splitlines()) == 2
+    assert re.search(r"features.13 hirescam: (believe it|can't tell|DO NOT believe it)", stdout)
+    assert re.search(r"0:0\d to 0:0\d.*: without these frames \d+% becomes \d+%", stdout)
     with open(tmp_path / "out_check.csv") as file:
-        lines = list(csv.DictReader(file))
-    assert [line["test"] for line in lines] == ["new weights"] * 4 + ["deletion"] * 4 + [
-        "insertion"
-    ] * 4
-    assert {line["class"] for line in lines} == {"plank"}
-    assert all(
-        -1 <= float(line["value"]) <= 1 and -1 <= float(line["random"]) <= 1 for line in lines
-    )
-    assert [line["part"] for line in lines] == [
-        "19",
-        "12",
-        "6",
-        "0",
-        *["0.05", "0.1", "0.2", "0.4"] * 2,
-    ]
+        (line,) = csv.DictReader(file)
+    assert list(line) == ["class", *CheckLine._fields]
+    assert line["class"] == "plank"
+    assert 0 <= int(line["beaten"]) <= 20
+    for name in ("left", "random_left", "kept", "random_kept"):
+        assert 0 <= float(line[name]) <= 1
 
 
 def test_folder_gives_a_result_each_and_names_the_bad_file(tmp_path, checkpoints, heatmap):

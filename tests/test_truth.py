@@ -576,27 +576,6 @@ def test_a_label_may_be_written_with_a_point(tmp_path):
     assert Dataset.name_labels(tmp_path, [video]) == {4: "squat", 5: "5"}
 
 
-# -------------------------------------------------------------------------------------------- check
-
-
-def check_lines(out, kept, r):
-    lines = [HeatMap.CheckLine("l", "m", "deletion", 0.1, *out)]
-    lines.append(HeatMap.CheckLine("l", "m", "insertion", 0.1, *kept))
-    lines.append(HeatMap.CheckLine("l", "m", "new weights", 0, r, r))
-    return lines
-
-
-def test_a_blank_map_and_a_tie_have_no_verdict():
-    blank = list(HeatMap.verdicts(check_lines((0.33, 0.33), (0.33, 0.33), float("nan")), "m"))
-    assert len(blank) == 1
-    assert "no verdict" in blank[0]
-    tie, _ = HeatMap.verdicts(check_lines((0.3299, 0.33), (0.3301, 0.33), 0.1), "m")
-    assert "no verdict" in tie
-    good, _ = HeatMap.verdicts(check_lines((0.2, 0.33), (0.5, 0.33), 0.1), "m")
-    assert good.endswith("believe it")
-    assert "DO NOT" not in good
-
-
 def test_a_large_file_does_not_end_the_caching_of_others():
     cache = Dataset.FrameCache({"big": (range(9), (8, 8)), "small": (range(2), (8, 8))}, 500)
     assert {path for path, _ in cache.places} == {"small"}
