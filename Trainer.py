@@ -489,16 +489,10 @@ def describe(args, data, model, checkpoint, processes):
     train = class_counts(data.train_set)
     val = class_counts(data.val_set)
     counts = [f"{name} {train[i]}+{val[i]}" for i, name in enumerate(data.classes)]
-    facts = {
-        "train": train.total(),
-        "val": val.total(),
-        "counts": ", ".join(counts),
-        "millions": sum(p.numel() for p in model.parameters()) / 1e6,
-        "weights": checkpoint["weights"],
-        "recipe": RECIPES[is_trained(checkpoint)],
-        "world": processes.world,
-        "device": processes.device,
-    }
+    facts = {"train": train.total(), "val": val.total(), "counts": ", ".join(counts)}
+    facts["millions"] = sum(p.numel() for p in model.parameters()) / 1e6
+    facts["recipe"] = RECIPES[is_trained(checkpoint)]
+    facts |= {"weights": checkpoint["weights"], **vars(processes)}
     lines = [*data.notes, DESCRIPTION.format(**vars(args) | facts)]
     if args.class_weights != "off":
         weights = zip(data.classes, data.class_weights().tolist(), strict=True)
@@ -752,16 +746,16 @@ def accuracies(logits, labels, videos):
     scores = average(logits.softmax(2).mean(1), number)
     confusion = torch.bincount(truth * n_classes + scores.argmax(1), minlength=n_classes**2)
     confusion = confusion.view(n_classes, n_classes)
+    log_p = scores.clamp(min=1e-30).log()
     recall = confusion.diag() / confusion.sum(1)  # without videos: 0 / 0
     temperature = fit_temperature(logits[:, 0], labels)
     certainty = average((logits[:, 0] / temperature).softmax(1), number).amax(1)
     figures = {
-        "val_loss": F.nll_loss(scores.clamp(min=1e-30).log(), truth),
+        "val_loss": F.nll_loss(log_p, truth),
         "val_video_top1": confusion.trace() / len(videos),
         "val_video_mean_class": recall.nanmean(),
-        "temperature": temperature,
-        "threshold": certainty.quantile(0.05),
     }
+    figures |= {"temperature": temperature, "threshold": certainty.quantile(0.05)}
     return {name: value.item() for name, value in figures.items()}, confusion, scores
 
 
@@ -986,8 +980,8 @@ def keep(checkpoint, figures, details, model, optimizer, args):
         "history": [*checkpoint["history"], row],
         "metrics": figures,
         "args": remembered(vars(args)),
-        "model": model.state_dict(),
     }
+    kept["model"] = model.state_dict()
     raw = kept.pop("raw", {})
     score = [figures[ACCURACY], -figures["val_loss"]]
     if score > checkpoint["best"]:
@@ -1023,9 +1017,10 @@ def report(confusion, classes, stem):
     if low <= largest:
         print("           too few videos, or too few right, to be sure that it does")
     for i, name in enumerate(classes):
-        if counts[i]:
-            share = rows[i][i] / counts[i]
-            print(f"  {name:20} {rows[i][i]:4} of {counts[i]:4} videos{share:8.1%}")
+        own = rows[i][i]
+        count = counts[i]
+        if count:
+            print(f"  {name:20} {own:4} of {count:4} videos{own / count:8.1%}")
     errors = [(k, i, j) for (i, j), k in np.ndenumerate(confusion) if i != j and k]
     for k, i, j in sorted(errors, reverse=True)[:3]:
         print(f"confused   {classes[i]} taken for {classes[j]}: {k} of {counts[i]}")
@@ -1075,15 +1070,19 @@ def confusion_picture(confusion, classes, title):
 
 BLUE = (200, 120, 0)
 RED = (0, 0, 220)
-# Figure of the history, what it is called, place of its panel, colour and width of the line. What
-# is thin is drawn on what is wide: where two are the same both are seen
-CURVES = [
-    ("train_loss", "training loss", 0, BLUE, 2),
-    ("val_loss", "validation loss", 0, RED, 2),
-    ("chance", "guessing", 600, (150, 150, 150), 1),
-    ("train_top1", "training clips right", 600, BLUE, 2),
-    ("val_video_mean_class", "validation, mean over classes", 600, (120, 210, 120), 6),
-    ("val_video_top1", "validation videos right", 600, RED, 2),
+GREEN = (120, 210, 120)
+GREY = (150, 150, 150)
+# Figures of the history, what they are called, colour and width of their lines. What is thin is
+# drawn on what is wide: where two are the same both are seen
+LOSSES = [
+    ("train_loss", "training loss", BLUE, 2),
+    ("val_loss", "validation loss", RED, 2),
+]
+ACCURACIES = [
+    ("chance", "guessing", GREY, 1),
+    ("train_top1", "training clips right", BLUE, 2),
+    ("val_video_mean_class", "validation, mean over classes", GREEN, 6),
+    ("val_video_top1", "validation videos right", RED, 2),
 ]
 
 
@@ -1091,15 +1090,16 @@ def draw_curves(history, chance, path):
     """Write a picture of losses (from 0 to the largest) and accuracies (to 100 %)."""
     top = max(max(row["train_loss"], row["val_loss"]) for row in history)
     picture = np.full((400, 1200, 3), 255, np.uint8)
-    for i, (name, meaning, left, colour, width) in enumerate(CURVES):
-        shares = np.array([row.get(name, chance) for row in history]) / (1 if left else top)
-        points = np.stack([np.linspace(50, 580, len(shares)) + left, 370 - 260 * shares], axis=1)
-        points = points.round().astype(np.int32)
-        cv2.polylines(picture, [points], False, colour, width, cv2.LINE_AA)
-        cv2.polylines(picture, points[:, None], True, colour, width + 4)  # one epoch is no line
-        put_text(picture, meaning, left + 50, 20 + 20 * (i % 4), colour)
-        put_text(picture, "100%" if left else f"{top:.1f}", left + 5, 115)
-        put_text(picture, f"0    epoch 1 to {len(history)}", left + 30, 390)
+    for left, scale, limit, lines in (50, top, f"{top:.1f}", LOSSES), (650, 1, "100%", ACCURACIES):
+        put_text(picture, limit, left - 45, 115)
+        put_text(picture, f"0    epoch 1 to {len(history)}", left - 20, 390)
+        x = left + np.linspace(0, 530, len(history))
+        for i, (name, meaning, colour, width) in enumerate(lines):
+            put_text(picture, meaning, left, 20 + 20 * i, colour)
+            shares = np.array([row.get(name, chance) for row in history]) / scale
+            points = np.stack([x, 370 - 260 * shares], axis=1).round().astype(np.int32)
+            cv2.polylines(picture, [points], False, colour, width, cv2.LINE_AA)
+            cv2.polylines(picture, points[:, None], True, colour, width + 4)  # of each epoch
     write_png(path, picture)
 
 

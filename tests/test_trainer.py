@@ -620,7 +620,7 @@ def test_the_curves_are_drawn_beside_guessing_and_seen_where_they_coincide(tmp_p
         row["val_video_mean_class"] *= 2 if same else 1
     Trainer.draw_curves(history, 1 / 5, tmp_path / "curves.png")
     picture = cv2.imread(str(tmp_path / "curves.png"))
-    colours = {name: colour for name, *_, colour, _ in Trainer.CURVES}
+    colours = {name: colour for name, _, colour, _ in Trainer.ACCURACIES}
     assert row_of(picture, 1000, colours["chance"]) == pytest.approx(370 - 260 / 5, abs=1)
     last = history[-1] | {"chance": 0.2}
     for name in ("val_video_mean_class", "val_video_top1", "train_top1", "chance"):
