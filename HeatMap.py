@@ -482,7 +482,8 @@ def compare_regions(model, clips, heats, target):
     score = scores[:, 0].mean()
     random = scores[:, 1:].mean(0).reshape(2, DRAWS)
     luck = random.var(1, ddof=1).mean() * (1 + 1 / DRAWS)
-    windows = (scores[:, 0] - scores[:, 1:].mean(1)).var() / max(1, len(p) - 1)
+    differences = scores[:, 0] - scores[:, 1:].mean(1)
+    windows = differences.var() / max(1, len(p) - 1)
     lead = score - random.mean(1).max()
     beaten = int((random < score).sum())
     return ours[0], left.min(), ours[1], kept.max(), lead, math.sqrt(luck + windows), beaten
@@ -549,20 +550,19 @@ def without_moments(video, found, question):
     the nearest frame of the other half is shown. N frames of the time grid, means over the windows
     that show them.
     """
-    model, length = question.model, question.clip.length
-    half = length // 2
+    length = question.clip.length
     frames = torch.arange(length)
-    logits = []
-    for _, clips in prepared(open_video(video), question):
-        halves = [clips[:, :, frames.clip(half)], clips[:, :, frames.clip(max=half - 1)]]
-        logits.append([logits_of(model, part).cpu() for part in halves])
+    orders = frames.clip(length // 2), frames.clip(max=length // 2 - 1)
     total = np.zeros((3, len(found.times)))
-    for j, part in enumerate(zip(*logits, strict=True)):
-        left = torch.cat(part).softmax(1).numpy()
-        for i, target in enumerate(found.targets):
-            begin = found.starts[i] + j * half
-            there = total[:, begin : begin + half + j * length % 2]
-            there += np.array([[found.scores[i, target]], [left[i, target]], [1]])
+    number = 0
+    for _, clips in prepared(open_video(video), question):
+        left = [logits_of(question.model, clips[:, :, order]).softmax(1) for order in orders]
+        for halves in zip(*left, strict=True):
+            target = found.targets[number]
+            window = total[:, found.starts[number] :][:, :length]
+            for part, p in zip(np.split(window, [length // 2], 1), halves, strict=True):
+                part += [[found.scores[number, target]], [float(p[target])], [1]]
+            number += 1
     return total[:2] / total[2]
 
 
