@@ -110,26 +110,31 @@ ALIKE = 0.9  # the correlation with another class's map from which on they are t
 CODECS = {".webm": "VP80", ".mp4": "mp4v"}  # VP8 plays in browsers; mp4v is faster but does not
 COLORMAP = cv2.COLORMAP_TURBO
 ALPHA = 0.6  # opacity of the heat
-HUES = cv2.applyColorMap(np.arange(256, dtype=np.uint8) * 158, cv2.COLORMAP_HSV)
-COLOURS = HUES.reshape(-1, 3) // 2  # of the classes
+# of the classes: steps in hue and brightness that keep the first 20 farthest apart (CIE Lab)
+HUES = cv2.applyColorMap(np.arange(256, dtype=np.uint8) * 243, cv2.COLORMAP_HSV)
+COLOURS = HUES[:, 0] * np.resize([1.0, 0.67, 0.4], (256, 1))
 GREY = 90
 STEPS = (1, 5, 10, 30, 60, 300, 600, 1800, 3600, 7200, 14400)  # of the time line, in seconds
 
 
 # ------------------------------------------------------------------------------------- explanation
 
-Question = namedtuple("Question", "model clip classes layers methods target stride threshold")
+Question = namedtuple(
+    "Question", "model clip classes layers methods target stride threshold strip", defaults=[()]
+)
 Question.__doc__ = """What is asked of every video.
 
 model: folded, its logits divided by the checkpoint's temperature, on its device. clip: ClipFormat
-of its windows. classes: names of the logits, and last "unknown". layers: of stage_names(model).
-methods: of METHODS. target: index of the class to explain, None for that of each span. stride:
-frames of the time grid from window to window. threshold: the probability below which a span is
-unknown.
+of its windows. classes: names of the logits, and last "unknown". layers: those of `explain` to
+draw, none without heat. methods: of METHODS. target: index of the class to explain, None for that
+of each span. stride: frames of the time grid from window to window. threshold: the probability
+below which a span is unknown. strip: more layers, which the film strip alone shows.
 """
 
 Explanation = namedtuple(
-    "Explanation", "shape times starts moments scores targets spans fps maps lost", defaults=(0,)
+    "Explanation",
+    "shape times starts moments scores targets spans fps maps shown lost",
+    defaults=(0,),
 )
 Explanation.__doc__ = """What the network found in a video of N frames on the time grid, M windows.
 
@@ -137,19 +142,15 @@ shape: (h, w) of the frames in the file. times: float32 (N,) of these frames in 
 moments: (M,) the first frame of each window, and its middle in seconds. scores: float32
 (M, num_classes) its calibrated probabilities. targets: int64 (M,) the class to explain. spans:
 Dataset.Spans. fps: frames per second of the file, as counted. maps: {"layer method": float32
-(N, H', W'), signed and un-normalised}, if asked for. lost: (N,) the share of its probability that
-the explained class loses without the moment, else 0.
+(N, H', W'), signed and un-normalised}, if asked for. shown: how many of them, from the first on,
+the video shows; the film strip shows all. lost: (N,) the share of its probability that the
+explained class loses without the moment, else 0.
 """
 
 
 def stage_names(model):
     """["features.0", ...] from the first stage to the last; of pretrained_resnet up to "layer4"."""
     return [f"features.{name}" for name, _ in model.features.named_children()]
-
-
-def most_probable(logits):
-    """Index of the class with the highest mean probability; logits (B, num_classes)."""
-    return int(logits.softmax(1).mean(0).argmax())
 
 
 @contextmanager
@@ -178,8 +179,7 @@ def explain(model, clips, layers, methods, target=None):
         layers: of stage_names(model), or two of them as "features.6*features.18": the product of
             the positive parts of their maps, at the resolution of the first; ValueError for others.
         methods: of METHODS.
-        target: index of the class, or of each clip's, int64 (B,); None for the most probable one
-            of the batch.
+        target: index of the class, or of each clip's, int64 (B,); None for its most probable one.
     Returns {(layer, method): maps (B, T', H', W') at the stage's own resolution} and logits
     (B, num_classes), float32.
     """
@@ -195,7 +195,7 @@ def explain(model, clips, layers, methods, target=None):
             outputs[names[i]] = x.requires_grad_(i >= first)
         logits = model.head(x)
         if target is None:
-            target = most_probable(logits)
+            target = logits.argmax(1)
         stages = [outputs[name] for name in needed]
         rows = torch.arange(len(logits))
         gradients = torch.autograd.grad(logits[rows, target].sum(), stages)
@@ -227,21 +227,26 @@ def ahead(items, n=2):
             yield item
 
 
+@torch.no_grad()
 def logits_of(model, clips):
     """The logits (B, classes) of clips, as many at a time as the memory holds."""
     at_once = clips_at_once(clips.shape[2:], clips.device)
     return torch.cat(what_fits(model, at_once, clips)[0])
 
 
-def maps_of(model, clips, layers, methods, targets):
-    """The maps of `explain`, of as many clips at a time as the memory holds; targets (B,)."""
+def maps_of(model, clips, layers, methods, *targets):
+    """(maps, logits) of `explain`, of as many clips at a time as the memory holds.
 
-    def maps(clips, targets):
-        return explain(model, clips, layers, methods, targets)[0]
+    targets: int64 (B,), or left out for the most probable class of each clip.
+    """
+
+    def compute(clips, target=None):
+        return explain(model, clips, layers, methods, target)
 
     at_once = clips_at_once(clips.shape[2:], clips.device)
-    found, _ = what_fits(maps, at_once, clips, targets)
-    return {name: torch.cat([part[name] for part in found]) for name in found[0]}
+    found, _ = what_fits(compute, at_once, clips, *targets)
+    maps, logits = zip(*found, strict=True)
+    return {name: torch.cat([part[name] for part in maps]) for name in maps[0]}, torch.cat(logits)
 
 
 def read_windows(video, clip, stride):
@@ -305,28 +310,79 @@ def batched(items, n):
         batch = list(islice(items, n))
 
 
-def prepared(video, question):
-    """Yield (n, clips) of the windows of a video, as `read_windows`, for the network."""
+def prepared(video, question, wanted=None):
+    """Yield (ends, clips): windows of `read_windows`, or those whose n is wanted, for the network.
+
+    ends: the n of each of the clips.
+    """
     model, clip = question.model, question.clip
+    windows = read_windows(video, clip, question.stride)
+    # by the header; 0 for a bar without an end
+    frames = video.cap.get(cv2.CAP_PROP_FRAME_COUNT) / video.fps * clip.fps
+    total = max(0, 1 + math.ceil((frames - clip.length) / question.stride))
+    if wanted:
+        windows = (window for window in windows if window[0] in wanted)
+        total = len(wanted)
     device = next(model.parameters()).device
     at_once = clips_at_once((clip.length, *clip.size), device)
-    windows = ahead(read_windows(video, clip, question.stride))
-    for batch in batched(tqdm(windows, leave=False, unit="window"), at_once):
-        n, _ = batch[-1]
-        yield n, model.prepare(torch.stack([frames for _, frames in batch]))
+    bar = tqdm(ahead(windows), "explain", total, leave=False, unit="window")
+    for batch in batched(bar, at_once):
+        ends, frames = zip(*batch, strict=True)
+        yield ends, model.prepare(torch.stack(frames))
 
 
-@torch.inference_mode()
-def predict_video(path, question):
-    """The Explanation of a video of any length, without maps."""
-    clip = question.clip
+def look(video, question, targets=None):
+    """{n: (logits, {(layer, method): cells})} of the windows of `read_windows`, by their n.
+
+    targets: {n: class to explain} of the windows to look at; None for all of them, and for each its
+    most probable class. cells: small maps on the CPU, as of `shrink`.
+    """
+    model = question.model
+    layers = [*question.layers, *question.strip]
+    seen = {}
+    for ends, clips in prepared(video, question, targets):
+        maps = {}
+        if layers:
+            own = [torch.tensor([targets[n] for n in ends])] if targets else []
+            maps, logits = maps_of(model, clips, layers, question.methods, *own)
+        else:
+            logits = logits_of(model, clips)
+        maps = {name: shrink(cells) for name, cells in maps.items()}
+        for i, n in enumerate(ends):
+            seen[n] = logits[i].cpu(), {name: cells[i] for name, cells in maps.items()}
+    return seen
+
+
+def explain_video(path, question):
+    """The Explanation of a video of any length.
+
+    What is kept of the windows are small maps, not the frames. Each is explained for its most
+    probable class while the video is read; where smoothing or the user wants another class, once
+    more (of a minute at 300x400 that takes half of the time that two readings took).
+    """
     video = open_video(path)
-    logits = []
-    for n, clips in prepared(video, question):
-        logits.append(logits_of(question.model, clips).cpu())
-        end = n
-    scores = torch.cat(logits).softmax(1).numpy()
+    seen = look(video, question)
+    logits, _ = zip(*seen.values(), strict=True)
+    scores = torch.stack(logits).softmax(1).numpy()
+    found = find_when(video, scores, max(seen), question)
+    pairs = zip(seen, found.targets.tolist(), scores.argmax(1), strict=True)
+    others = {n: target for n, target, best in pairs if target != best}
+    if others and question.layers:
+        seen |= look(open_video(path), question, others)
+    _, cells = zip(*seen.values(), strict=True)
+    for layer, method in cells[0]:
+        maps = [maps[layer, method] for maps in cells]
+        size = question.clip.length, len(found.times)
+        found.maps[f"{layer} {method}"] = cross_fade(maps, found.starts, *size)
+    return found
 
+
+def find_when(video, scores, end, question):
+    """The Explanation of a video that was read, without maps.
+
+    scores: float32 (M, classes), probabilities of its windows. end: its frames on the time grid.
+    """
+    clip = question.clip
     # the last window starts where it ends with the video
     length = min(end, clip.length)
     starts = np.minimum(question.stride * np.arange(len(scores)), end - length)
@@ -340,25 +396,8 @@ def predict_video(path, question):
     fps = video.fps  # of the header, which may be wrong
     if video.count > 1:
         fps = round((video.count - 1) / (video.time - video.start), 3)
-    return Explanation(video.shape, times, starts, moments, scores, targets, spans, fps, {})
-
-
-def explain_video(path, question):
-    """The Explanation of a video of any length."""
-    found = predict_video(path, question)
-    targets = torch.from_numpy(found.targets)
-    # what is kept of the windows are small maps, not the frames
-    cells = {}
-    done = 0
-    for _, clips in prepared(open_video(path), question):
-        own = targets[done : done + len(clips)]
-        done += len(clips)
-        maps = maps_of(question.model, clips, question.layers, question.methods, own)
-        for (layer, method), parts in maps.items():
-            cells.setdefault(f"{layer} {method}", []).append(shrink(parts))
-    size = question.clip.length, len(found.times)
-    maps = {name: cross_fade(cells[name], found.starts, *size) for name in cells}
-    return found._replace(maps=maps)
+    when = times, starts, moments, scores, targets, spans
+    return Explanation(video.shape, *when, fps, {}, len(question.layers) * len(question.methods))
 
 
 def shrink(maps):
@@ -378,14 +417,13 @@ def stretch(maps, shape):
 
 
 def cross_fade(maps, starts, length, n):
-    """Batches (B, T', H', W') of maps of windows of `length` frames -> float32 (n, H', W').
+    """Maps (T', H', W') of windows of `length` frames -> float32 (n, H', W').
 
     Windows are averaged with the weight sin^2 over their length: none begins or ends with a jump.
     """
     phase = math.pi * (torch.arange(length) + 0.5) / length
     taper = torch.sin(phase)[:, None, None] ** 2
-    maps = torch.cat(maps)
-    sides = maps.shape[2:]
+    sides = maps[0].shape[1:]
     total = torch.zeros(n, *sides)
     weight = torch.zeros(n, 1, 1)
     for start, cells in zip(starts, maps, strict=True):
@@ -498,7 +536,8 @@ def check(model, clips, maps, target, second):
     layers, methods = (list(dict.fromkeys(names)) for names in zip(*maps, strict=True))
 
     def ask_again(network, label):
-        return maps_of(network, clips, layers, methods, torch.tensor(label).expand(len(clips)))
+        targets = torch.tensor(label).expand(len(clips))
+        return maps_of(network, clips, layers, methods, targets)[0]
 
     other = ask_again(model, second)
     n = len(model.features)
@@ -616,14 +655,16 @@ def subject(found, classes):
 
 def ranges(found, name):
     """["map, its cells (WxH), from 0 to its largest value", ...], in columns."""
-    for row, maps in found.maps.items():
+    coarse = True
+    for row, maps in islice(found.maps.items(), found.shown):
         _, height, width = maps.shape
+        coarse &= min(height, width) < SHARP
         line = f"{row:20} {width:2}x{height:<2} cells, from 0 to {maps.max():.3g}"
         if maps.max() <= 0:
             line = f"{row}: no positive evidence for {name}"
         yield line
-    if all(min(maps.shape[1:]) < SHARP for maps in found.maps.values()):
-        yield "cells of this size are a blob beside a person: --layer sharp is finer"
+    if coarse:
+        yield "cells of this size are a blob beside a person: --layer sharp is finer, see the strip"
 
 
 def draw_time_line(width, size, found, classes):
@@ -637,7 +678,8 @@ def draw_time_line(width, size, found, classes):
     times = np.linspace(0, seconds, width)
     numbers = np.searchsorted([span.end for span in found.spans[:-1]], times)
     labels = np.array([span.label for span in found.spans])[numbers]
-    colours = np.where(labels[:, None] == len(classes) - 1, GREY, COLOURS[labels])
+    colours = COLOURS[labels % len(COLOURS)]
+    colours[labels == len(classes) - 1] = GREY
 
     # the curve
     picture = np.full((8 * size, width, 3), DARK, np.uint8)
@@ -659,9 +701,24 @@ def draw_time_line(width, size, found, classes):
             write(names[:, first:last], [classes[labels[first]]], size)
     # the seconds
     step = next(step for step in STEPS if step * width > 4 * size * seconds)
-    for time in range(0, int(seconds), step):
-        write(scale[:, int(time / seconds * width) :], [f"|{clock(time)}"], size)
+    for time in range(0, int(seconds) + 1, step):
+        tick = scale[:, int(time / seconds * (width - 1)) :]
+        if tick.shape[1] > 4 * size:
+            write(tick, [clock(time)], size)
+        tick[:, : size // 8] = WHITE
     return picture
+
+
+def mark(time_line, size, time, found, classes):
+    """Write what the network says at a time above a picture of `draw_time_line`; its cursor."""
+    span = found.spans[np.searchsorted([span.end for span in found.spans[:-1]], time)]
+    predicted = f"predicted: {classes[span.label]} {span.probability:.0%}"
+    write(time_line, [f"{predicted}; red: {subject(found, classes)}"], size)
+    x = int(min(1, time / max(found.times[-1], 0.1)) * (time_line.shape[1] - 1))
+    half = 1 + size // 12
+    bar = time_line[2 * size : 13 * size // 2]
+    bar[:, max(0, x - 2 * half) : x + 2 * half] = DARK
+    bar[:, max(0, x - half) : x + half] = WHITE
 
 
 def draw_heat(source, heat, size):
@@ -686,35 +743,25 @@ def draw(video, found, size, classes, small=False):
     panels: [source, its heat for each map], uint8 BGR of one size. size: (W, H) of the clips.
     small: as in `arrange`. One scale, that of its largest value, holds for a map over the video.
     """
-    columns, height, width = arrange(1 + len(found.maps), *found.shape, small)
-    letters = int(min(max(height / 30, 10), 40))
+    columns, height, width = arrange(1 + found.shown, *found.shape, small)
+    letters = int(min(max(height / 30, 12), 40))
     time_line = draw_time_line(columns * width, letters, found, classes)
-    lines = [f"predicted: {classes[span.label]} {span.probability:.0%}" for span in found.spans]
-    texts = [f"{line}; red: {subject(found, classes)}" for line in lines]
-    ends = [span.end for span in found.spans[:-1]]
     peaks = [max(maps.max(), 1e-30) for maps in found.maps.values()]
-    n = len(found.times)
     while video.grab():
         source = cv2.resize(video.frame(), (width, height), interpolation=cv2.INTER_AREA)
         panels = [source]
-        at = np.interp(video.time, found.times, np.arange(n))
+        at = np.interp(video.time, found.times, np.arange(len(found.times)))
         for maps, peak in zip(found.maps.values(), peaks, strict=True):
-            neighbours = maps[[int(at), math.ceil(at)]]
-            before, after = np.maximum(neighbours, 0) / peak
-            heat = before + at % 1 * (after - before)
-            panels.append(draw_heat(source, heat, size))
-        picture = np.vstack([tile(panels, columns), time_line])
-        below = picture[-8 * letters :]
-        write(below, [texts[np.searchsorted(ends, video.time)]], letters)
-        if len(peaks) > 1:
-            for i, name in enumerate(found.maps, 1):
-                top = i // columns * height
-                left = i % columns * width
-                write(picture[top:, left:], [name], letters)
-        # the cursor of the time line
-        cursor = int(at / n * picture.shape[1])
-        below[2 * letters :, cursor : cursor + letters // 5] = WHITE
-        yield video.time, picture, panels
+            before, after = np.maximum(maps[[int(at), math.ceil(at)]], 0) / peak
+            panels.append(draw_heat(source, before + at % 1 * (after - before), size))
+        sheet = tile(panels[: 1 + found.shown], columns)
+        if found.shown > 1:
+            for i, name in enumerate(islice(found.maps, found.shown), 1):
+                corner = sheet[i // columns * height :, i % columns * width :]
+                write(corner[:, :width], [name], letters)
+        below = time_line.copy()
+        mark(below, letters, video.time, found, classes)
+        yield video.time, np.vstack([sheet, below]), panels
 
 
 def render(path, output, found, size, classes, full=False):
@@ -786,29 +833,35 @@ def choose(name, names, what):
     raise UserError(f"there is no {what} {name!r}: choose one of {', '.join(names)}")
 
 
-def choose_layers(text, model, clip):
-    """The layers for `explain` that --layer names.
-
-    "sharp" is the product of the maps of two stages: the last one with at least SHARP cells on the
-    short side, and the last of all. Coarse places keep what is fine and also spoke at the end.
+def sharp_layer(model, clip):
+    """The product of two stages' maps: the last with at least SHARP cells on the short side, and
+    the last of all. Coarse places keep what is fine and also spoke at the end.
     """
     layers = stage_names(model)
-    if text == "all":
-        return layers
-    if text == "last":
-        return layers[-1:]
-    if text != "sharp":
-        return [layers[choose(name, layers, "layer")] for name in text.split(",")]
-    x = model.prepare(torch.zeros(1, clip.length, 3, *clip.size[::-1], dtype=torch.uint8))
     fine = layers[0]
+    x = model.prepare(torch.zeros(1, clip.length, 3, *clip.size[::-1], dtype=torch.uint8))
     with torch.inference_mode():
         for name, stage in zip(layers, model.features, strict=True):
             x = stage(x)
             if min(x.shape[3:]) >= SHARP:
                 fine = name
-    if fine == layers[-1]:
-        return [fine]
-    return [f"{fine}*{layers[-1]}"]
+    return fine if fine == layers[-1] else f"{fine}*{layers[-1]}"
+
+
+def choose_layers(text, model, clip):
+    """The layers for `explain` that --layer names, and those that the film strip shows besides.
+
+    "last" and "sharp" stand in the strip together; for others it shows what was asked for.
+    """
+    layers = stage_names(model)
+    if text == "all":
+        return layers, []
+    if text not in ("last", "sharp"):
+        return [layers[choose(name, layers, "layer")] for name in text.split(",")], []
+    asked, other = layers[-1], sharp_layer(model, clip)
+    if text == "sharp":
+        asked, other = other, asked
+    return [asked], [other] if other != asked else []
 
 
 def find_jobs(paths, output, end):
@@ -870,7 +923,9 @@ def ask(args):
     if not 1 <= stride <= clip.length:
         raise UserError(f"--stride {stride} is not between 1 and {clip.length}, a clip's length")
     methods = [METHODS[choose(name, METHODS, "method")] for name in args.method.split(",")]
-    layers = choose_layers(args.layer, model, clip)
+    layers, strip = [], []
+    if not args.no_heat:
+        layers, strip = choose_layers(args.layer, model, clip)
     target = None
     if args.target_class:
         target = choose(args.target_class, classes, "class")
@@ -880,19 +935,37 @@ def ask(args):
         parameter /= metrics.get("temperature", 1.0)
     threshold = metrics.get("threshold", 0.0)
     classes = [*classes, "unknown"]
-    return Question(model, clip, classes, layers, methods, target, stride, threshold)
+    return Question(model, clip, classes, layers, methods, target, stride, threshold, strip)
 
 
-def write_tables(found, classes, spans, windows):
-    """Print the spans and write both tables; returns the rows of the first."""
+def write_tables(found, classes, results):
+    """Print the spans, at most 30, and write both tables; returns the rows of the first."""
     rows = []
     for start, end, label, probability in found.spans:
-        print(f"{clock(start)} to {clock(end)} {classes[label]} {probability:.0%}")
         rows.append((start, end, classes[label], probability))
-    write_csv(spans, [("start", "end", "class", "probability"), *rows])
+    for start, end, name, probability in rows[:30]:
+        print(f"{clock(start)} to {clock(end)} {name} {probability:.0%}")
+    if len(rows) > 30:
+        print(f"and {len(rows) - 30} more, in {results.spans}")
+    write_csv(results.spans, [("start", "end", "class", "probability"), *rows])
     table = np.column_stack([found.moments, found.scores]).tolist()
-    write_csv(windows, [("seconds", *classes[:-1]), *table])
+    write_csv(results.windows, [("seconds", *classes[:-1]), *table])
     return rows
+
+
+def write_band(path, title, found, classes):
+    """Write the time line of a video as a picture, 20 pixels a second or wider."""
+    width = int(np.clip(20 * found.times[-1], 1600, 30_000))
+    picture = draw_time_line(width, 24, found, drawable(classes))
+    write(picture, [title], 24)
+    write_png(path, picture)
+
+
+def write_maps(path, found, name):
+    """Write the maps as numbers, each under its own name and that of the class."""
+    maps = {f"{row} {name}": maps for row, maps in found.maps.items()}
+    with replacing(path) as part:
+        np.savez(part, times=found.times, **maps)
 
 
 def check_file(video, table, found, question):
@@ -908,7 +981,8 @@ def check_file(video, table, found, question):
     windows = read_windows(open_video(video), question.clip, question.stride)
     clips = [frames for i, (_, frames) in enumerate(windows) if i in few]
     clips = model.prepare(torch.stack(clips))
-    maps = maps_of(model, clips, layers, methods, torch.tensor(target).expand(len(clips)))
+    targets = torch.tensor(target).expand(len(clips))
+    maps, _ = maps_of(model, clips, layers, methods, targets)
     lines = check(model, clips, maps, target, second)
     for line in lines:
         print(*verdicts(line, question.classes[second]), sep="\n")
@@ -928,40 +1002,36 @@ def check_file(video, table, found, question):
     return found._replace(lost=(lost / p).clip(0))
 
 
+# the files of a video, which are named like it: the first four without --no-heat, `band` with it
+Results = namedtuple("Results", "video strip maps check spans windows band")
+ENDINGS = (".png", ".npz", "_check.csv", "_spans.csv", "_windows.csv", "_spans.png")
+
+
 def explain_file(video, output, question, args):
     """Explain one video and write the results; none of them if one exists and isn't `force`d.
 
     Returns the rows of its spans: start, end, class, probability.
     """
-    endings = ["_spans.csv", "_windows.csv", "_spans.png", ".png", ".npz", "_check.csv"]
-    spans, windows, band, *heat = (output.with_name(output.stem + end) for end in endings)
-    paths = [*([band] if args.no_heat else [output, *heat]), spans, windows]
+    results = Results(output, *(output.with_name(output.stem + end) for end in ENDINGS))
+    paths = results[4:] if args.no_heat else results[:-1]
     for path in paths:
         if path.resolve() == video.resolve() or (path.exists() and not args.force):
             raise UserError(f"{path} exists: give --output another name, or overwrite with --force")
 
-    # which class when
-    clip, classes = question.clip, question.classes
-    found = (predict_video if args.no_heat else explain_video)(video, question)
+    classes = question.classes
+    found = explain_video(video, question)
     print(f"{video}: {len(found.scores)} windows")
-    rows = write_tables(found, classes, spans, windows)
+    rows = write_tables(found, classes, results)
     if args.no_heat:
-        width = int(np.clip(20 * found.times[-1], 1600, 30_000))
-        picture = draw_time_line(width, 24, found, drawable(classes))
-        write(picture, [str(video)], 24)
-        write_png(band, picture)
+        write_band(results.band, str(video), found, classes)
         return rows
-
-    # where it looked
     name = subject(found, classes)
     print(*ranges(found, name), sep="\n")
     if args.check:
-        found = check_file(video, heat[2], found, question)
-    render(video, output, found, clip.size, drawable(classes), args.full_size)
+        found = check_file(video, results.check, found, question)
+    render(video, output, found, question.clip.size, drawable(classes), args.full_size)
     if args.npy:
-        maps = {f"{row} {name}": maps for row, maps in found.maps.items()}
-        with replacing(heat[1]) as part:
-            np.savez(part, times=found.times, **maps)
+        write_maps(results.maps, found, name)
     print("written", *(path for path in paths if path.exists()))
     return rows
 

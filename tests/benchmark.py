@@ -698,7 +698,7 @@ def evidence(args):
         path = data.val_set.segments[item.segment].path
         clip, label, *_ = data.val_set[i]
         clips = network.prepare(clip[None])
-        if HeatMap.most_probable(network(clips)) != label:
+        if network(clips).softmax(1).mean(0).argmax() != label:
             continue
         right += 1
         masks = figure(path, np.array(item.grid) / data.clip.fps)

@@ -203,23 +203,24 @@ def test_the_product_of_two_stages_keeps_what_both_show(models, clips):
 
 
 @pytest.mark.parametrize(
-    ("size", "asked", "layers"),
+    ("size", "asked", "layers", "strip"),
     [
-        ((128, 160), "last", ["features.18"]),
-        ((128, 160), "sharp", ["features.13*features.18"]),
-        ((48, 64), "sharp", ["features.3*features.18"]),
-        ((256, 256), "sharp", ["features.18"]),
-        ((48, 64), "features.2,features.4", ["features.2", "features.4"]),
+        ((128, 160), "last", ["features.18"], ["features.13*features.18"]),
+        ((128, 160), "sharp", ["features.13*features.18"], ["features.18"]),
+        ((48, 64), "sharp", ["features.3*features.18"], ["features.18"]),
+        ((256, 256), "sharp", ["features.18"], []),
+        ((48, 64), "features.2,features.4", ["features.2", "features.4"], []),
     ],
 )
-def test_sharp_has_at_least_eight_cells(models, size, asked, layers):
+def test_sharp_has_at_least_eight_cells_and_the_strip_shows_it(models, size, asked, layers, strip):
     clip = ClipFormat(size, 2, 8.0)
-    assert HeatMap.choose_layers(asked, models["mobilenet_v2_3d"], clip) == layers
+    assert HeatMap.choose_layers(asked, models["mobilenet_v2_3d"], clip) == (layers, strip)
 
 
 @pytest.mark.parametrize(("sides", "coarse"), [((7, 9), True), ((8, 8), False)])
 def test_a_coarse_map_names_the_sharper_one(sides, coarse):
-    found = Namespace(maps={"features.18 hirescam": np.ones((2, *sides), np.float32)})
+    maps = {name: np.ones((2, *shape), np.float32) for name, shape in [("a", sides), ("b", (8, 8))]}
+    found = Namespace(maps=maps, shown=1)
     lines = list(HeatMap.ranges(found, "squat"))
     assert ("--layer sharp" in lines[-1]) == coarse
 
@@ -277,13 +278,12 @@ def test_the_folded_network_gives_the_same_maps(name, models, clips):
         )
 
 
-def test_without_targets_the_most_probable_class_of_the_batch_is_explained(models, clips):
-    maps, logits = explain(models["mobilenet_v2_3d"], clips, ["features.18"], ["gradcam"])
-    best = int(logits.softmax(1).sum(0).argmax())
-    assert torch.equal(
-        maps["features.18", "gradcam"],
-        one(models["mobilenet_v2_3d"], clips, "features.18", best, "gradcam")[0],
-    )
+def test_without_targets_the_most_probable_class_of_each_clip_is_explained(models, clips):
+    layer = "features.18"
+    model = models["mobilenet_v2_3d"]
+    maps, logits = explain(model, clips, [layer], ["gradcam"])
+    best = logits.argmax(1)
+    assert torch.equal(maps[layer, "gradcam"], one(model, clips, layer, best, "gradcam")[0])
 
 
 # ----------------------------------------------------------------------------------------- geometry
@@ -461,7 +461,7 @@ def test_the_time_line_shows_the_curve_the_spans_and_the_seconds():
     spans = [Span(0.0, 9.5, 0, 0.9), Span(9.5, 20.0, 2, 0.75)]  # the second is unknown
     targets = (moments >= 10).astype(int)
     times = np.arange(161) / 8
-    found = HeatMap.Explanation(None, times, None, moments, scores, targets, spans, 8, {})
+    found = HeatMap.Explanation(None, times, None, moments, scores, targets, spans, 8, {}, 0)
     picture = HeatMap.draw_time_line(1000, 20, found, COLOURS).astype(int)
     assert picture.shape == (160, 1000, 3)
     picture = picture[40:]  # without the line for text
@@ -474,6 +474,46 @@ def test_the_time_line_shows_the_curve_the_spans_and_the_seconds():
     assert (picture[62:88, 485:560] == 255).any()  # the name of the second
     starts = [x for x in range(1000) if (picture[95:112, x] > 200).all()]
     assert {x // 250 for x in starts} == {0, 1, 2, 3}  # every 5 s
+
+
+def test_one_reading_unless_a_window_is_explained_for_another_class(tmp_path, monkeypatch):
+    """Four seconds of blue, one window of red, four of blue: smoothed away."""
+    frames = np.full((72, 64, 48, 3), (250, 60, 60), np.uint8)
+    frames[32:40] = (140, 60, 150)
+    write_video(tmp_path / "v.avi", frames, 8, "MJPG")
+    seen = []
+    usual = HeatMap.explain
+
+    def counted(model, clips, *rest):
+        seen.append(len(clips))
+        return usual(model, clips, *rest)
+
+    monkeypatch.setattr(HeatMap, "explain", counted)
+    monkeypatch.setattr(HeatMap, "clips_at_once", lambda *_: 2)
+    monkeypatch.setattr(HeatMap, "COST", 2.0)
+    smoothed = find_blue(tmp_path / "v.avi", None, 8)
+    assert smoothed.scores.argmax(1).tolist() == [*[0] * 4, 1, *[0] * 4]
+    assert smoothed.targets.tolist() == [0] * 9
+    assert seen == [2, 2, 2, 2, 1, 1]  # all, then the red one anew
+    del seen[:]
+    frames[32:40] = (250, 60, 60)
+    write_video(tmp_path / "w.avi", frames, 8, "MJPG")
+    find_blue(tmp_path / "w.avi", None, 8)
+    assert seen == [2, 2, 2, 2, 1]
+
+
+def test_the_bar_of_the_windows_has_an_end(tmp_path, monkeypatch):
+    totals = []
+
+    def bar(windows, name, total, **_):
+        totals.append(total)
+        return windows
+
+    monkeypatch.setattr(HeatMap, "tqdm", bar)
+    for n in (5, 16, 20, 33):
+        write_video(tmp_path / "v.avi", np.full((2 * n, 64, 48, 3), 90, np.uint8), 16, "MJPG")
+        found = find_blue(tmp_path / "v.avi")
+        assert totals.pop() == len(found.scores)
 
 
 def test_a_gpu_takes_two_windows_of_the_default_size_at_a_time():
@@ -836,7 +876,9 @@ def test_script_writes_a_video_like_its_source(tmp_path, video, checkpoints, nam
     assert frames.shape[1] > 96
     assert fps == pytest.approx(15, abs=0.1)
     strip = cv2.imread(str(output.with_suffix(".png")))
-    assert strip.shape == (2 * (36 + 444), 8 * 300, 3)  # two rows: a line, and eight moments
+    # a line and eight moments of the source, the map asked for, and beside the last layer the sharp
+    rows = 3 if name == "pretrained_resnet" else 2
+    assert strip.shape == (rows * (36 + 444), 8 * 300, 3)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
         ["clip.mp4", "why.png", f"why{suffix}", "why_spans.csv", "why_windows.csv"]
     )

@@ -158,7 +158,7 @@ def test_heat_maps_and_their_check_are_repeated_with_what_the_memory_holds():
     found = []
     model = Small(room=5).requires_grad_(False)
     for model.room in (5, 1):
-        maps = HeatMap.maps_of(model, clips, ["features.0"], ["hirescam"], target)
+        maps, _ = HeatMap.maps_of(model, clips, ["features.0"], ["hirescam"], target)
         found.append([*maps.values(), HeatMap.logits_of(model, clips)])
         found[-1].append(HeatMap.occlude(model, clips[0], clips[0].mean(0), 1))
     torch.testing.assert_close(found[0], found[1])
