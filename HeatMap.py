@@ -112,7 +112,7 @@ COLORMAP = cv2.COLORMAP_TURBO
 ALPHA = 0.6  # opacity of the heat
 # of the classes: steps in hue and brightness that keep the first 20 farthest apart (CIE Lab)
 HUES = cv2.applyColorMap(np.arange(256, dtype=np.uint8) * 243, cv2.COLORMAP_HSV)
-COLOURS = HUES[:, 0] * np.resize([1.0, 0.67, 0.4], (256, 1))
+COLOURS = HUES.reshape(-1, 3) * np.resize([1.0, 0.67, 0.4], (256, 1))
 GREY = 90
 STEPS = (1, 5, 10, 30, 60, 300, 600, 1800, 3600, 7200, 14400)  # of the time line, in seconds
 
@@ -697,7 +697,7 @@ def draw_time_line(width, size, found, classes):
     # the names
     names[:] = colours
     for first, last in runs(numbers):
-        if last - first > 2 * size:
+        if last - first > 3 * size:
             write(names[:, first:last], [classes[labels[first]]], size)
     # the seconds
     step = next(step for step in STEPS if step * width > 4 * size * seconds)
@@ -716,7 +716,7 @@ def mark(time_line, size, time, found, classes):
     write(time_line, [f"{predicted}; red: {subject(found, classes)}"], size)
     x = int(min(1, time / max(found.times[-1], 0.1)) * (time_line.shape[1] - 1))
     half = 1 + size // 12
-    bar = time_line[2 * size : 13 * size // 2]
+    bar = time_line[2 * size : 5 * size]
     bar[:, max(0, x - 2 * half) : x + 2 * half] = DARK
     bar[:, max(0, x - half) : x + half] = WHITE
 

@@ -516,6 +516,32 @@ def test_the_bar_of_the_windows_has_an_end(tmp_path, monkeypatch):
         assert totals.pop() == len(found.scores)
 
 
+def test_the_colours_of_twenty_classes_lie_far_apart():
+    """In CIE Lab a difference of 10 is seen at a glance."""
+    colours = (HeatMap.COLOURS[None, :20] / 255).astype(np.float32)
+    lab = cv2.cvtColor(colours, cv2.COLOR_BGR2LAB)[0]
+    distances = np.linalg.norm(lab[:, None] - lab, axis=2)
+    assert distances[np.triu_indices(20, 1)].min() > 25
+
+
+def test_seconds_and_cursor_stand_at_their_place():
+    times = np.arange(51) / 10
+    spans = [Span(0.0, 5.0, 0, 0.9)]
+    targets = np.zeros(5, int)
+    scores = np.full((5, 2), 0.5)
+    moments = np.arange(5) + 0.5
+    found = HeatMap.Explanation(None, times, None, moments, scores, targets, spans, 8, {}, 0)
+    picture = HeatMap.draw_time_line(1001, 20, found, COLOURS)
+    ticks = (picture[132] > 250).all(1)
+    for second in range(5):
+        assert ticks[200 * second]
+        HeatMap.mark(picture, 20, second + 0.5, found, COLOURS)
+        # the middle of what is white over the whole height of the curve
+        (white,) = np.nonzero((picture[40:100] > 250).all((0, 2)))
+        assert abs(white - (200 * second + 100)).min() == 0
+        assert white.max() - white.min() < 200 * second + 10
+
+
 def test_a_gpu_takes_two_windows_of_the_default_size_at_a_time():
     assert [
         HeatMap.clips_at_once((16, 400, 300), torch.device(name)) for name in ("cpu", "cuda")
