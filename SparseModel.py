@@ -601,7 +601,7 @@ def is_plain_inference(x):
     """Whether no gradient is asked for, and oneDNN can compute with x, a float32 on the CPU."""
     if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32:
         return False
-    return torch.backends.mkldnn.is_available()
+    return torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling()
 
 
 def conv_relu6(x, conv):

@@ -1,12 +1,15 @@
 """The networks: shapes, values and gradients, weights, checkpoints, fast convolutions."""
 
 import math
+import runpy
+import shutil
 import socket
 import subprocess
 import sys
 import urllib.request
 from functools import partial
 from itertools import product
+from pathlib import Path
 from urllib.error import URLError
 
 import pytest
@@ -256,6 +259,51 @@ def test_exported_network_gives_the_same_logits_at_other_shapes(tmp_path):
         clips = torch.randn(shape)
         with torch.no_grad():
             torch.testing.assert_close(reloaded(clips), model(clips), atol=1e-4, rtol=1e-4)
+
+
+def export_as_the_readme_says(folder, stop=None):
+    """Run the lines of README's section, as a caller without gradients."""
+    _, section = (ROOT / "README.md").read_text().split("## On a phone or in a browser")
+    code = section.split("```")[1].removeprefix("python\n").splitlines()
+    (folder / "export.py").write_text("\n".join(code[:stop]))
+    with torch.no_grad():
+        runpy.run_path(str(folder / "export.py"))
+
+
+@pytest.fixture
+def in_folder(tmp_path, monkeypatch, checkpoints):
+    (tmp_path / "checkpoints").mkdir()
+    shutil.copy(checkpoints["mobilenet_v2_3d"], tmp_path / "checkpoints/mobilenet_v2_3d.pt")
+    monkeypatch.chdir(tmp_path)
+    model, saved = load_checkpoint(checkpoints["mobilenet_v2_3d"])
+    return model, torch.randn(3, 3, saved["clip_len"], *saved["size"][::-1])
+
+
+@pytest.mark.slow
+def test_the_readmes_pt2_gives_the_same_logits(tmp_path, in_folder):
+    model, clips = in_folder
+    export_as_the_readme_says(tmp_path, -1)  # the last line is that of ONNX
+    program = torch.export.load("model.pt2")
+    assert "mkldnn" not in str(program.graph)  # which runs nowhere else
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(clips), model(clips), atol=1e-4, rtol=1e-4)
+    # the weights alone
+    parameters = sum(p.numel() for p in model.parameters())
+    assert Path("model.pt2").stat().st_size < 1.1 * 4 * parameters
+
+
+@pytest.mark.slow
+def test_the_readmes_onnx_gives_the_same_logits(tmp_path, in_folder):
+    for name in ("onnx", "onnxscript"):
+        pytest.importorskip(name)
+    runtime = pytest.importorskip("onnxruntime")
+    model, clips = in_folder
+    export_as_the_readme_says(tmp_path)
+    session = runtime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {session.get_inputs()[0].name: clips.numpy()})
+    with torch.no_grad():
+        expected = model(clips)
+    torch.testing.assert_close(torch.from_numpy(logits), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
