@@ -167,7 +167,7 @@ def main(checkpoint, folder, count, *names):
     clips = model.prepare(torch.stack(clips))
     with torch.inference_mode():
         labels = HeatMap.logits_of(model, clips).argmax(1).tolist()
-    (layer,) = HeatMap.choose_layers("sharp", model, clip)
+    (layer,), _ = HeatMap.choose_layers("sharp", model, clip)
     found = defaultdict(list)
     for kind, result in planted_squares(int(count)):
         found[kind].append(result)
