@@ -516,14 +516,13 @@ class FastConv3d(nn.Conv3d):
         return self.is_padded_3x3x3 and self.groups == 1 and self.stride[0] == 1
 
     def forward(self, x):
-        if x.device.type != "cpu" or x.ndim != 5:
-            return super().forward(x)
-        if not torch.backends.mkldnn.is_available():  # macOS: there the library's own is faster
-            return super().forward(x)
-        if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        # macOS has no oneDNN: there the library's own ways are faster
+        library = x.device.type != "cpu" or not torch.backends.mkldnn.is_available()
+        library = library or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+        if library or x.ndim != 5:
             return super().forward(x)
         is_one_clip = len(x) == 1
-        if self.is_depthwise and torch.is_grad_enabled():
+        if self.is_depthwise and torch.is_grad_enabled() and x.shape[2] % self.stride[0] == 0:
             return DepthwiseConv3d.apply(x, self.weight, self.stride)
         if self.is_pointwise and (is_one_clip or torch.get_num_threads() == 1):
             return self.as_matrix_product(x)
@@ -548,11 +547,12 @@ class FastConv3d(nn.Conv3d):
 class DepthwiseConv3d(torch.autograd.Function):
     """The convolution of FastConv3d.is_depthwise: the library's forward, a backward from its parts.
 
-    In channels_last_3d a clip is a stack of channels_last frames, and frame t * stride + tap - 1 of
+    In channels_last_3d clips are a stack of channels_last frames, and frame t * stride + tap - 1 of
     the input meets frame t of the output through a tap (0, 1 or 2) of the kernel in time. So the
-    gradients are sums over three taps of 2D depthwise gradients; and with stride 1 the input's
-    gradient is the output's gradient convolved with the mirrored kernel. The same values as the
-    library's 3D backward; tests/benchmark.py model measures what it gains on the CPU.
+    gradients are those of three 2D depthwise convolutions; and with stride 1 the input's gradient
+    is the output's gradient convolved with the mirrored kernel. The same values as the library's 3D
+    backward; tests/benchmark.py model measures what it gains on the CPU. With a stride of 2 in time
+    the number of frames must be even.
     """
 
     @staticmethod
@@ -565,35 +565,35 @@ class DepthwiseConv3d(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         step, *stride = ctx.stride
-        wanted = list(ctx.needs_input_grad)  # for x, for weight, False
         grad = grad.contiguous(memory_format=torch.channels_last_3d)
         grad_weight = torch.zeros_like(weight)
-        if wanted[0] and ctx.stride == (1, 1, 1):
-            wanted[0] = False
+        mirrored = ctx.stride == (1, 1, 1)
+        if mirrored:
             grad_x = torch.conv3d(grad, weight.flip(2, 3, 4), None, 1, 1, 1, len(weight))
         else:
-            grad_x = torch.empty_like(x)
-        # stride, padding, dilation, transposed, output padding, groups
-        settings = stride, [1, 1], [1, 1], False, [0, 0], len(weight)
-        for i in range(len(x)):  # the frames of one clip are a view
+            grad_x = torch.zeros_like(x, memory_format=torch.channels_last_3d)
+        # stride, padding, dilation, transposed, output padding, groups, gradients to compute
+        settings = stride, [1, 1], [1, 1], False, [0, 0], len(weight), [not mirrored, True, False]
+        # small maps together, for each call costs; a clip of large ones stays in the cache
+        at_once = 1 if x[0].numel() > 500_000 else len(x)
+        for i in range(0, len(x), at_once):
+            # the frames of the clips, one after the other
+            part = (clips[i : i + at_once] for clips in (x, grad, grad_x))
+            inputs, outputs, grad_inputs = (clips.transpose(1, 2).flatten(0, 1) for clips in part)
             # tap, the first frame of the input that it meets, and that of the output
             for tap, first, reached in ((1, 0, 0), (2, 1, 0), (0, step - 1, 1)):
-                inputs = x[i, :, first::step].transpose(0, 1)
-                outputs = grad[i, :, reached:].transpose(0, 1)
-                t = min(len(inputs), len(outputs))
+                n = len(outputs) - max(reached, first // step)
+                met = slice(first, first + n * step, step)
+                over = outputs[reached:][:n]
+                if n < len(outputs) and at_once > 1:  # no clip meets the next one
+                    over = over.clone()
+                    over[grad.shape[2] - 1 :: grad.shape[2]] = 0
                 frames_grad, tap_grad, _ = torch.ops.aten.convolution_backward(
-                    outputs[:t], inputs[:t], weight[:, :, tap], None, *settings, wanted
+                    over, inputs[met], weight[:, :, tap], None, *settings
                 )
-                if tap_grad is not None:
-                    grad_weight[:, :, tap] += tap_grad
-                if frames_grad is not None:
-                    place = grad_x[i, :, first::step].transpose(0, 1)[:t]
-                    # Tap 1 is the first at each frame; with stride 2 only at the even ones, and
-                    # tap 2 is the first at the odd ones.
-                    if tap in (1, step):
-                        place.copy_(frames_grad)
-                    else:
-                        place.add_(frames_grad)
+                grad_weight[:, :, tap].add_(tap_grad)
+                if not mirrored:
+                    grad_inputs[met].add_(frames_grad)
         return grad_x, grad_weight, None
 
 

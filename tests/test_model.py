@@ -747,6 +747,17 @@ def test_fast_depthwise_gradients_equal_the_reference(memory, stride, t, b, h, w
     assert relative(fast.weight.grad, plain.weight.grad) < 1e-5
 
 
+@pytest.mark.parametrize("stride", [(1, 1, 1), (2, 2, 2)])
+def test_fast_depthwise_gradients_of_large_maps_clip_by_clip(stride):
+    torch.manual_seed(0)
+    fast, plain = depthwise_pair(8, stride)
+    x = torch.randn(2, 8, 4, 130, 130).to(memory_format=torch.channels_last_3d)
+    found = both_gradients(fast, x, torch.ones(1))
+    expected = both_gradients(plain, x.double(), torch.ones(1))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert relative(ours, theirs) < 1e-5
+
+
 @pytest.mark.parametrize("stride", [(1, 1, 1), (2, 2, 2), (1, 2, 2)])
 def test_fast_depthwise_passes_gradcheck_and_may_be_differentiated_twice(stride):
     torch.manual_seed(0)
