@@ -86,7 +86,6 @@ from Dataset import (
     replacing,
     resize,
     run_script,
-    runs,
     what_fits,
     write,
     write_csv,
@@ -341,12 +340,13 @@ def look(video, question, targets=None):
     layers = [*question.layers, *question.strip]
     seen = {}
     for ends, clips in prepared(video, question, targets):
-        maps = {}
+        own = []
+        if targets:
+            own = [torch.tensor([targets[n] for n in ends])]
         if layers:
-            own = [torch.tensor([targets[n] for n in ends])] if targets else []
             maps, logits = maps_of(model, clips, layers, question.methods, *own)
         else:
-            logits = logits_of(model, clips)
+            maps, logits = {}, logits_of(model, clips)
         maps = {name: shrink(cells) for name, cells in maps.items()}
         for i, n in enumerate(ends):
             seen[n] = logits[i].cpu(), {name: cells[i] for name, cells in maps.items()}
@@ -675,34 +675,31 @@ def draw_time_line(width, size, found, classes):
     the bottom the seconds.
     """
     seconds = max(found.times[-1], 0.1)
-    times = np.linspace(0, seconds, width)
-    numbers = np.searchsorted([span.end for span in found.spans[:-1]], times)
-    labels = np.array([span.label for span in found.spans])[numbers]
-    colours = COLOURS[labels % len(COLOURS)]
-    colours[labels == len(classes) - 1] = GREY
-
-    # the curve
     picture = np.full((8 * size, width, 3), DARK, np.uint8)
     _, curve, names, scale = np.split(picture, [2 * size, 5 * size, 13 * size // 2])
+    times = np.linspace(0, seconds, width)
     score = found.scores[np.arange(len(found.targets)), found.targets]
     score = np.interp(times, found.moments, score)[:, None]
     level = np.linspace(1, 0, len(curve))[:, None, None]
-    curve[:] = np.where(level <= score, colours, 48)
+    for span in found.spans:
+        first, last = np.searchsorted(times, [span.start, span.end])
+        colour = COLOURS[span.label % len(COLOURS)]
+        if classes[span.label] == classes[-1]:  # unknown
+            colour = GREY
+        curve[:, first : last + 1] = np.where(level <= score[first : last + 1], colour, 48)
+        names[:, first : last + 1] = colour
+        if last - first > 3 * size:
+            write(names[:, first:last], [classes[span.label]], size)
     # with --check, the moments that carry it
     if np.any(found.lost):
         row = curve[-size // 2 :]
         lost = np.interp(times, found.times, found.lost)
         row[:] = overlay(np.full_like(row, DARK), np.tile(lost, (len(row), 1)))
     write(curve, ["100%", "0%"], size)
-    # the names
-    names[:] = colours
-    for first, last in runs(numbers):
-        if last - first > 3 * size:
-            write(names[:, first:last], [classes[labels[first]]], size)
     # the seconds
     step = next(step for step in STEPS if step * width > 4 * size * seconds)
     for time in range(0, int(seconds) + 1, step):
-        tick = scale[:, int(time / seconds * (width - 1)) :]
+        tick = scale[:, np.searchsorted(times, time) :]
         if tick.shape[1] > 4 * size:
             write(tick, [clock(time)], size)
         tick[:, : size // 8] = WHITE
@@ -711,14 +708,14 @@ def draw_time_line(width, size, found, classes):
 
 def mark(time_line, size, time, found, classes):
     """Write what the network says at a time above a picture of `draw_time_line`; its cursor."""
-    span = found.spans[np.searchsorted([span.end for span in found.spans[:-1]], time)]
+    span = next((span for span in found.spans if time < span.end), found.spans[-1])
     predicted = f"predicted: {classes[span.label]} {span.probability:.0%}"
     write(time_line, [f"{predicted}; red: {subject(found, classes)}"], size)
-    x = int(min(1, time / max(found.times[-1], 0.1)) * (time_line.shape[1] - 1))
-    half = 1 + size // 12
-    bar = time_line[2 * size : 5 * size]
-    bar[:, max(0, x - 2 * half) : x + 2 * half] = DARK
-    bar[:, max(0, x - half) : x + half] = WHITE
+    share = min(1, time / max(found.times[-1], 0.1))
+    x = int(share * (time_line.shape[1] - 1))
+    curve = time_line[2 * size : 5 * size]
+    cv2.line(curve, (x, 0), (x, 3 * size), (DARK, DARK, DARK), size // 3)
+    cv2.line(curve, (x, 0), (x, 3 * size), WHITE, size // 6)
 
 
 def draw_heat(source, heat, size):
@@ -770,14 +767,15 @@ def render(path, output, found, size, classes, full=False):
     # OpenCV encodes VP8 in one thread, at full size slower than a video of 720p plays
     small = output.suffix.lower() == ".webm" and not full
     drawings = ahead(draw(video, found, size, classes, small))
+    begin, end = found.times[[0, -1]]
+    due = begin + (end - begin) * np.linspace(0.05, 0.925, 8)
     moments = []
 
     def pictures():
         n = max(0, int(video.cap.get(cv2.CAP_PROP_FRAME_COUNT)))
         bar = tqdm(drawings, "write", n, leave=False, unit="frame")
         for time, picture, panels in bar:
-            begin, end = found.times[[0, -1]]
-            if len(moments) < 8 and time >= begin + (len(moments) + 0.4) / 8 * (end - begin):
+            if len(moments) < 8 and time >= due[len(moments)]:
                 moments.append((time, panels))
             yield picture
 
@@ -940,9 +938,7 @@ def ask(args):
 
 def write_tables(found, classes, results):
     """Print the spans, at most 30, and write both tables; returns the rows of the first."""
-    rows = []
-    for start, end, label, probability in found.spans:
-        rows.append((start, end, classes[label], probability))
+    rows = [span._replace(label=classes[span.label]) for span in found.spans]
     for start, end, name, probability in rows[:30]:
         print(f"{clock(start)} to {clock(end)} {name} {probability:.0%}")
     if len(rows) > 30:

@@ -427,7 +427,7 @@ def test_windows_cross_fade_with_squared_sines(tmp_path, monkeypatch, n, stride)
 def test_window_in_the_middle_is_the_clip_that_the_trainer_validates(tmp_path):
     write_video(tmp_path / "clip.mp4", moving_square(60), fps=15)
     segment = Segment(tmp_path / "clip.mp4", 0, 0.0, 59 / 15, middle(96, 64, (48, 64)))
-    item = ExerciseVideoDataset([segment], SEES)[0].clip
+    item = ExerciseVideoDataset([segment], SEES).middle_clip(0)
     windows = {n - 8: frames for n, frames in windows_of(tmp_path / "clip.mp4", SEES, 1)}
     n = int(59 / 15 * 8) + 1
     assert len(windows) == n - 7
