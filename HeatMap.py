@@ -245,7 +245,8 @@ def maps_of(model, clips, layers, methods, *targets):
     at_once = clips_at_once(clips.shape[2:], clips.device)
     found, _ = what_fits(compute, at_once, clips, *targets)
     maps, logits = zip(*found, strict=True)
-    return {name: torch.cat([part[name] for part in maps]) for name in maps[0]}, torch.cat(logits)
+    joined = {name: torch.cat([part[name] for part in maps]) for name in maps[0]}
+    return joined, torch.cat(logits)
 
 
 def read_windows(video, clip, stride):
@@ -317,8 +318,9 @@ def prepared(video, question, wanted=None):
     model, clip = question.model, question.clip
     windows = read_windows(video, clip, question.stride)
     # by the header; 0 for a bar without an end
-    frames = video.cap.get(cv2.CAP_PROP_FRAME_COUNT) / video.fps * clip.fps
-    total = max(0, 1 + math.ceil((frames - clip.length) / question.stride))
+    seconds = video.cap.get(cv2.CAP_PROP_FRAME_COUNT) / video.fps
+    more = seconds * clip.fps - clip.length
+    total = max(0, 1 + math.ceil(more / question.stride))
     if wanted:
         windows = (window for window in windows if window[0] in wanted)
         total = len(wanted)
@@ -365,8 +367,8 @@ def explain_video(path, question):
     logits, _ = zip(*seen.values(), strict=True)
     scores = torch.stack(logits).softmax(1).numpy()
     found = find_when(video, scores, max(seen), question)
-    pairs = zip(seen, found.targets.tolist(), scores.argmax(1), strict=True)
-    others = {n: target for n, target, best in pairs if target != best}
+    targets = dict(zip(seen, found.targets.tolist(), strict=True))
+    others = {n: target for n, target in targets.items() if target != seen[n][0].argmax()}
     if others and question.layers:
         seen |= look(open_video(path), question, others)
     _, cells = zip(*seen.values(), strict=True)
@@ -397,7 +399,8 @@ def find_when(video, scores, end, question):
     if video.count > 1:
         fps = round((video.count - 1) / (video.time - video.start), 3)
     when = times, starts, moments, scores, targets, spans
-    return Explanation(video.shape, *when, fps, {}, len(question.layers) * len(question.methods))
+    shown = len(question.layers) * len(question.methods)
+    return Explanation(video.shape, *when, fps, {}, shown)
 
 
 def shrink(maps):
@@ -676,9 +679,10 @@ def draw_time_line(width, size, found, classes):
     """
     seconds = max(found.times[-1], 0.1)
     picture = np.full((8 * size, width, 3), DARK, np.uint8)
-    _, curve, names, scale = np.split(picture, [2 * size, 5 * size, 13 * size // 2])
+    rows = [2 * size, 5 * size, 13 * size // 2]
+    _, curve, names, scale = np.split(picture, rows)
     times = np.linspace(0, seconds, width)
-    score = found.scores[np.arange(len(found.targets)), found.targets]
+    score = np.take_along_axis(found.scores, found.targets[:, None], 1)[:, 0]
     score = np.interp(times, found.moments, score)[:, None]
     level = np.linspace(1, 0, len(curve))[:, None, None]
     for span in found.spans:
@@ -686,10 +690,11 @@ def draw_time_line(width, size, found, classes):
         colour = COLOURS[span.label % len(COLOURS)]
         if classes[span.label] == classes[-1]:  # unknown
             colour = GREY
-        curve[:, first : last + 1] = np.where(level <= score[first : last + 1], colour, 48)
-        names[:, first : last + 1] = colour
+        part = slice(first, last + 1)
+        curve[:, part] = np.where(level <= score[part], colour, 48)
+        names[:, part] = colour
         if last - first > 3 * size:
-            write(names[:, first:last], [classes[span.label]], size)
+            write(names[:, part], [classes[span.label]], size)
     # with --check, the moments that carry it
     if np.any(found.lost):
         row = curve[-size // 2 :]
@@ -709,8 +714,9 @@ def draw_time_line(width, size, found, classes):
 def mark(time_line, size, time, found, classes):
     """Write what the network says at a time above a picture of `draw_time_line`; its cursor."""
     span = next((span for span in found.spans if time < span.end), found.spans[-1])
-    predicted = f"predicted: {classes[span.label]} {span.probability:.0%}"
-    write(time_line, [f"{predicted}; red: {subject(found, classes)}"], size)
+    text = f"predicted: {classes[span.label]} {span.probability:.0%}"
+    text += f"; red: {subject(found, classes)}"
+    write(time_line, [text], size)
     share = min(1, time / max(found.times[-1], 0.1))
     x = int(share * (time_line.shape[1] - 1))
     curve = time_line[2 * size : 5 * size]
@@ -749,13 +755,16 @@ def draw(video, found, size, classes, small=False):
         panels = [source]
         at = np.interp(video.time, found.times, np.arange(len(found.times)))
         for maps, peak in zip(found.maps.values(), peaks, strict=True):
-            before, after = np.maximum(maps[[int(at), math.ceil(at)]], 0) / peak
-            panels.append(draw_heat(source, before + at % 1 * (after - before), size))
+            neighbours = maps[[int(at), math.ceil(at)]]
+            before, after = np.maximum(neighbours, 0) / peak
+            heat = before + at % 1 * (after - before)
+            panels.append(draw_heat(source, heat, size))
         sheet = tile(panels[: 1 + found.shown], columns)
         if found.shown > 1:
             for i, name in enumerate(islice(found.maps, found.shown), 1):
-                corner = sheet[i // columns * height :, i % columns * width :]
-                write(corner[:, :width], [name], letters)
+                left = i % columns * width
+                panel = sheet[i // columns * height :, left : left + width]
+                write(panel, [name], letters)
         below = time_line.copy()
         mark(below, letters, video.time, found, classes)
         yield video.time, np.vstack([sheet, below]), panels
@@ -782,11 +791,12 @@ def render(path, output, found, size, classes, full=False):
     with replacing(output) as part:
         write_video(part, pictures(), found.fps, CODECS[output.suffix.lower()])
     times, panels = zip(*moments, strict=True)
-    name = subject(found, classes)
-    predicted = ", ".join(dict.fromkeys(classes[span.label] for span in found.spans))
-    texts = [f"{row}: red speaks for {name}, dimmed was not seen" for row in found.maps]
-    rows = zip([f"predicted: {predicted}", *texts], zip(*panels, strict=True), strict=True)
-    write_png(output.with_suffix(".png"), film(list(rows), times))
+    names = dict.fromkeys(classes[span.label] for span in found.spans)
+    texts = [f"predicted: {', '.join(names)}"]
+    for row in found.maps:
+        texts.append(f"{row}: red speaks for {subject(found, classes)}, dimmed was not seen")
+    rows = list(zip(texts, zip(*panels, strict=True), strict=True))
+    write_png(output.with_suffix(".png"), film(rows, times))
 
 
 # -------------------------------------------------------------------------------------------- main
@@ -843,7 +853,9 @@ def sharp_layer(model, clip):
             x = stage(x)
             if min(x.shape[3:]) >= SHARP:
                 fine = name
-    return fine if fine == layers[-1] else f"{fine}*{layers[-1]}"
+    if fine == layers[-1]:
+        return fine
+    return f"{fine}*{layers[-1]}"
 
 
 def choose_layers(text, model, clip):
@@ -1008,7 +1020,8 @@ def explain_file(video, output, question, args):
 
     Returns the rows of its spans: start, end, class, probability.
     """
-    results = Results(output, *(output.with_name(output.stem + end) for end in ENDINGS))
+    tables = [output.with_name(output.stem + end) for end in ENDINGS]
+    results = Results(output, *tables)
     paths = results[4:] if args.no_heat else results[:-1]
     for path in paths:
         if path.resolve() == video.resolve() or (path.exists() and not args.force):
