@@ -2,7 +2,7 @@
 
     data = ExerciseVideoDataModule("my_videos", ClipFormat((300, 400), 16, 8.0))
     data.setup()  # my_videos/<class>/*.mp4
-    for clips, labels, videos, centred in data.train_dataloader():
+    for clips, labels, videos in data.train_dataloader():
         logits = model(model.prepare(clips))
 
 Clips stay uint8, RGB, (T, C, H, W), until they are on the device that trains: a quarter of the
@@ -678,8 +678,8 @@ Segment = namedtuple("Segment", "path label start end geometry part way", defaul
 # A clip of a data set: number of its segment; numbers of its frames on the time grid of the file,
 # in training of those it is drawn from; whether it is the clip in the segment's middle
 Item = namedtuple("Item", "segment grid centred")
-# uint8 (T, C, H, W), number of the class, number of the segment, whether it is the middle
-Sample = namedtuple("Sample", "clip label video centred")
+# uint8 (T, C, H, W), number of the class, number of the segment
+Sample = namedtuple("Sample", "clip label video")
 
 
 def grid_of(start, end, clip):
@@ -750,7 +750,7 @@ class ExerciseVideoDataset(Dataset):
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(seed)  # not that of a GPU, too
                 return self[i]
-        number, grid, centred = self.items[i]
+        number, grid, _ = self.items[i]
         segment = self.segments[number]
         length = self.clip.length
         if self.training:
@@ -763,7 +763,7 @@ class ExerciseVideoDataset(Dataset):
         clip = self.transform(frames)
         if self.debug_names and self.saved < 10:
             self._save_debug_sample(segment, grid, clip)
-        return Sample(clip, segment.label, number, centred)
+        return Sample(clip, segment.label, number)
 
     def middle_clip(self, number):
         """The clip in the middle of a segment in validation, uint8 (T, C, H, W)."""
@@ -801,8 +801,8 @@ class ExerciseVideoDataset(Dataset):
 # ---------------------------------------------------------------------------------------- batches
 
 # clips uint8 (B, T, C, H, W), channels innermost in memory; labels int64 (B,); videos int64 (B,),
-# the numbers of their segments; centred bool (B,), whether it is the clip in the segment's middle
-Batch = namedtuple("Batch", "clips labels videos centred")
+# the numbers of their segments
+Batch = namedtuple("Batch", "clips labels videos")
 
 
 def share(items, k, parts):

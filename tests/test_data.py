@@ -208,9 +208,9 @@ def test_a_seeded_item_is_the_same_anywhere_and_leaves_the_global_state_alone(fo
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
-    clip, label, video, centred = data[2, 7]
+    clip, label, video = data[2, 7]
     assert (torch.rand(3) == expected).all()
-    assert (label, video, centred) == (data.segments[2].label, 2, False)
+    assert (label, video) == (data.segments[2].label, 2)
     assert (data[2, 7].clip == clip).all()
     assert not (data[2, 8].clip == clip).all()
     batches = [[(2, 7), (3, 1)], [(0, 5), (2, 7)]]
@@ -267,7 +267,7 @@ def test_the_train_loader_draws_anew_in_each_epoch_and_the_same_again(folder):
     seen = {}
     for epoch in (0, 1, 0):
         loader.batch_sampler.epoch = epoch
-        clips, _, videos, _ = zip(*loader, strict=True)
+        clips, _, videos = zip(*loader, strict=True)
         drawn = torch.cat(clips)[torch.cat(videos).argsort()]
         assert drawn.shape == (8, 16, 3, 64, 48)
         assert (seen.setdefault(epoch, drawn) == drawn).all()
@@ -509,8 +509,6 @@ def test_workers_fill_one_shared_cache(folder, context):
         assert (batch.clips == torch.stack([sample.clip for sample in samples])).all()
         assert batch.labels.tolist() == [sample.label for sample in samples]
         assert batch.videos.tolist() == [data.items[i].segment for i in expected]
-        assert batch.centred.tolist() == [data.items[i].centred for i in expected]
-        assert batch.centred.dtype == torch.bool
 
 
 class Threads(torch.utils.data.Dataset):

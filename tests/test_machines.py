@@ -119,7 +119,7 @@ class Small(nn.Module):
 
 def batch_of(n):
     clips = torch.randint(255, (n, 2, 3, 4, 4), dtype=torch.uint8)
-    return Dataset.Batch(clips, torch.arange(n) % 2, torch.arange(n), torch.ones(n).bool())
+    return Dataset.Batch(clips, torch.arange(n) % 2, torch.arange(n))
 
 
 def test_a_step_is_repeated_with_what_the_memory_holds(capsys):
@@ -191,9 +191,7 @@ def test_validation_takes_a_quarter_of_the_clips_of_a_step():
         def forward(self, clips):
             return clips.flatten(1)[:, :2]
 
-    batch = Dataset.Batch(
-        torch.rand(16, 1, 3, 1, 1), torch.arange(16) % 2, torch.arange(16), torch.ones(16).bool()
-    )
+    batch = Dataset.Batch(torch.rand(16, 1, 3, 1, 1), torch.arange(16) % 2, torch.arange(16))
     loader = type("Loader", (list,), {"batch_sampler": Namespace(own=range(16))})([batch])
     args = Namespace(micro_batch=16, amp=False)
     Trainer.evaluate(Echo(1, 1), loader, args, Trainer.Processes("cpu"))

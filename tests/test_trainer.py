@@ -283,7 +283,7 @@ def test_gradients_are_those_of_the_weighted_mean_loss():
     weight = torch.tensor([0.5, 2.0, 1.5])
     criterion = torch.nn.CrossEntropyLoss(weight, reduction="sum")
     args = Namespace(micro_batch=2, amp=True)
-    sums = Trainer.gradients(net, Batch(clips, labels, None, None), criterion, args, scale=1 / 5)
+    sums = Trainer.gradients(net, Batch(clips, labels, None), criterion, args, scale=1 / 5)
     found = net.weight.grad
     net.weight.grad = None
 
@@ -329,10 +329,9 @@ def test_the_accuracies_of_videos_are_what_they_are_called():
     )
     labels = torch.tensor([0, 0, 0, 0, 2, 2, 2])
     videos = torch.tensor([0, 0, 0, 1, 2, 2, 2])
-    centred = torch.tensor([False, True, False, True, False, True, False])
     loader = []
     for i in range(0, 7, 2):
-        loader.append(Batch(*[column[i : i + 2] for column in (logits, labels, videos, centred)]))
+        loader.append(Batch(*[column[i : i + 2] for column in (logits, labels, videos)]))
     args = Namespace(micro_batch=1, amp=False, debug=False)
     processes = Trainer.Processes("cpu")
     loader = Loader(loader)
@@ -461,7 +460,7 @@ def test_validation_averages_the_probabilities_of_a_clip_and_its_mirror_image():
     there = torch.tensor([[3.0, 0, 0], [1, 0, 0]])
     mirrored = torch.tensor([[0.0, 1, 0], [0, 3, 0]])
     labels = torch.tensor([0, 1])
-    batch = Batch(torch.stack([there, mirrored], -1), labels, labels, torch.ones(2) > 0)
+    batch = Batch(torch.stack([there, mirrored], -1), labels, labels)
     args = Namespace(micro_batch=2, amp=False, debug=False)
     how = (Echo(), Loader([batch]), args, Trainer.Processes("cpu"))
     alone, *_ = Trainer.evaluate(*how)
