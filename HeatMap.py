@@ -577,11 +577,14 @@ def verdicts(line, second):
     if math.isnan(r):
         verdict = "can't tell, it is blank"
     yield f"{line.layer} {line.method}: {verdict}"
-    yield f"  without its hottest places {line.left:.0%}, without others {line.random_left:.0%}"
-    yield f"  of these places alone {line.kept:.0%}, of others alone {line.random_kept:.0%}"
-    lead = f"a lead of {100 * line.lead:.0f} points, where luck alone makes {100 * line.error:.0f}"
-    yield f"  better than {line.beaten} of {2 * DRAWS} random maps, {lead}"
-    yield f"  likeness to the map of {second} {line.other:.2f}, of untrained networks {r:.2f}"
+    left, random = f"{line.left:.0%}", f"{line.random_left:.0%}"
+    yield f"  probability without its hottest places: {left}, without random ones: {random}"
+    kept, random = f"{line.kept:.0%}", f"{line.random_kept:.0%}"
+    yield f"  probability with these places alone: {kept}, with random ones alone: {random}"
+    lead = f"lead of {100 * line.lead:.0f} points, where luck makes {100 * line.error:.0f}"
+    yield f"  better than {line.beaten} of {2 * DRAWS} random maps; {lead}"
+    alike = f"to the map of {second}: {line.other:.2f}, of untrained networks: {r:.2f}"
+    yield f"  likeness (1: the same) {alike}"
 
 
 @torch.inference_mode()
