@@ -677,7 +677,7 @@ def draw_time_line(width, size, found, classes):
     """The whole video from left to right, in letters of `size` pixels: uint8 (8 size, width, 3).
 
     A line for text; the probability of the class explained as a curve, and the spans by name, both
-    in the colours of the spans; between them, with --check, the moments that carry it, as heat; at
+    in the colours of the spans; between them, with --check, the moments that carry it, in red; at
     the bottom the seconds.
     """
     seconds = max(found.times[-1], 0.1)
@@ -702,7 +702,7 @@ def draw_time_line(width, size, found, classes):
     if np.any(found.lost):
         row = curve[-size // 2 :]
         lost = np.interp(times, found.times, found.lost)
-        row[:] = overlay(np.full_like(row, DARK), np.tile(lost, (len(row), 1)))
+        row[:] = lost[:, None] * (60, 60, 255)
     write(curve, ["100%", "0%"], size)
     # the seconds
     step = next(step for step in STEPS if step * width > 4 * size * seconds)
