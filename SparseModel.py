@@ -66,7 +66,7 @@ class ConvBNReLU6(nn.Sequential):
         super().__init__(
             FastConv3d(c_in, c_out, kernel, stride, padding, groups=groups, bias=False),
             nn.BatchNorm3d(c_out),
-            nn.ReLU6(inplace=True),
+            LeanReLU6(inplace=True),
         )
 
     def forward(self, x):
@@ -595,6 +595,33 @@ class DepthwiseConv3d(torch.autograd.Function):
                 if not mirrored:
                     grad_inputs[met].add_(frames_grad)
         return grad_x, grad_weight, None
+
+
+class ClampTo6(torch.autograd.Function):
+    """ReLU6 in place that keeps its output, which the next layer keeps, too.
+
+    The library's own keeps a copy of its input: a third of what a training step keeps.
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(x.clamp_(0, 6))
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        (out,) = ctx.saved_tensors
+        return torch.ops.aten.hardtanh_backward(grad, out, 0, 6)
+
+
+class LeanReLU6(nn.ReLU6):
+    """nn.ReLU6(inplace=True), the same values; for training by ClampTo6."""
+
+    def forward(self, x):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return ClampTo6.apply(x)
+        return super().forward(x)
 
 
 def is_plain_inference(x):

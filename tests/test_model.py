@@ -948,12 +948,43 @@ def test_a_folded_network_gives_the_logits_of_the_network(batch, threads):
     assert relative(found, expected) < 1e-5
 
 
+def test_a_training_step_keeps_no_copy_in_front_of_an_activation():
+    """What is kept are the outputs of convolutions and of activations, and no third of them."""
+    block = module.ConvBNReLU6(8, 8, kernel=3, groups=8)
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # alive, so that no address comes twice
+        return tensor
+
+    clips = torch.randn(2, 8, 4, 16, 16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = block(clips)
+        (out * out).sum()
+    large = [tensor for tensor in kept.values() if tensor.numel() == clips.numel()]
+    assert len(large) == 3  # input, output of the convolution, output of the block
+
+
+def test_the_lean_activation_is_the_librarys():
+    x = torch.tensor([-1.0, 0.0, 3.0, 6.0, 7.0, float("nan")])
+    for ours in (x.clone().requires_grad_(), x.clone()):
+        theirs = ours.detach().clone().requires_grad_()
+        found = module.LeanReLU6(inplace=True)(ours * 1)
+        expected = F.relu6(theirs)
+        torch.testing.assert_close(found, expected, equal_nan=True, check_dtype=True)
+        if ours.requires_grad:
+            found.sum().backward()
+            expected.sum().backward()
+            assert torch.equal(ours.grad, theirs.grad)
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_inference_is_fused_where_onednn_is_there_and_no_gradient_is_asked_for(monkeypatch, there):
     seen = []
     folded = module.fold_batch_norm(lively("mobilenet_v2_3d"))
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: there)
-    monkeypatch.setattr(nn.ReLU6, "forward", lambda self, x: seen.append(x) or F.relu6(x))
+    activation = module.LeanReLU6
+    monkeypatch.setattr(activation, "forward", lambda self, x: seen.append(x) or F.relu6(x))
     clips = torch.randn(1, 3, 8, 64, 48)
     with torch.no_grad():
         logits = folded(clips)
