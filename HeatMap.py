@@ -514,20 +514,25 @@ def compare_regions(model, clips, heats, target):
     p = []
     for clip, heat, *blind in zip(clips, *heats, strict=True):
         torch.manual_seed(0)
-        regions = [heat, *(surrogate(heat) for _ in range(DRAWS)), *blind]
+        noise = [surrogate(heat) for _ in range(DRAWS)]
+        regions = [heat, *noise, *blind]
         p.append([occlude(model, clip, region, target).mean(1) for region in regions])
     p = np.array(p)  # (windows, regions, left and kept)
     ours = p[:, 0].mean(0)
-    left, kept = p[:, 1:].mean(0).reshape(2, DRAWS, 2).mean(1).T
-    scores = p[..., 1] - p[..., 0]
-    score = scores[:, 0].mean()
-    random = scores[:, 1:].mean(0).reshape(2, DRAWS)
-    luck = random.var(1, ddof=1).mean() * (1 + 1 / DRAWS)
-    differences = scores[:, 0] - scores[:, 1:].mean(1)
-    windows = differences.var() / max(1, len(p) - 1)
-    lead = score - random.mean(1).max()
+    others = p[:, 1:].mean(0)
+    left, kept = others.reshape(2, DRAWS, 2).mean(1).T
+    score = ours[1] - ours[0]
+    random = others[:, 1] - others[:, 0]
     beaten = int((random < score).sum())
-    return ours[0], left.min(), ours[1], kept.max(), lead, math.sqrt(luck + windows), beaten
+    random = random.reshape(2, DRAWS)
+    lead = score - random.mean(1).max()
+    luck = random.var(1, ddof=1).mean()
+    luck *= 1 + 1 / DRAWS
+    differences = p[:, 0] - p[:, 1:].mean(1)
+    windows = np.diff(differences).var()
+    windows /= max(1, len(p) - 1)
+    error = math.sqrt(luck + windows)
+    return ours[0], left.min(), ours[1], kept.max(), lead, error, beaten
 
 
 def check(model, clips, maps, target, second):
@@ -552,12 +557,14 @@ def check(model, clips, maps, target, second):
             draws = 2 if keep else DRAWS
             new = [ask_again(renewed(model, clips, keep), target) for _ in range(draws)]
             for name, ours in maps.items():
-                r[name].append(float(np.mean([correlation(ours, draw[name]) for draw in new])))
+                alike = [correlation(ours, draw[name]) for draw in new]
+                r[name].append(float(np.mean(alike)))
         for name, ours in tqdm(maps.items(), "check: deletion", leave=False):
             every = [ours, *(draw[name] for draw in new)]  # these have learned nothing
             heats = [stretch(cells, clips.shape[2:]) for cells in every]
             numbers = compare_regions(model, clips, heats, target)
-            lines.append(CheckLine(*name, *numbers, r[name], correlation(ours, other[name])))
+            alike = correlation(ours, other[name])
+            lines.append(CheckLine(*name, *numbers, r[name], alike))
     return lines
 
 
@@ -985,7 +992,8 @@ def check_file(video, table, found, question):
     # the tests of the maps ask about one class
     target = np.bincount(found.targets).argmax()
     own = np.flatnonzero(found.targets == target)
-    few = own[np.linspace(0, len(own) - 1, 4).round().astype(int)]
+    spread = np.linspace(0, len(own) - 1, 4)
+    few = own[spread.round().astype(int)]
     scores = found.scores[few].mean(0)
     scores[target] = 0
     second = scores.argmax()
@@ -1005,7 +1013,8 @@ def check_file(video, table, found, question):
     lost = p - left
     most = np.flatnonzero(lost > lost.max() - 1e-6)
     first, last = most[[0, -1]]
-    seconds = f"{clock(found.times[first])} to {clock(found.times[last] + 1 / question.clip.fps)}"
+    end = found.times[last] + 1 / question.clip.fps
+    seconds = f"{clock(found.times[first])} to {clock(end)}"
     said = f"{seconds} carry most of it"
     if lost.max() < 0.1:
         said = f"no moment decides alone, not even {seconds}"
