@@ -430,9 +430,11 @@ def cross_fade(maps, starts, length, n):
     total = torch.zeros(n, *sides)
     weight = torch.zeros(n, 1, 1)
     for start, cells in zip(starts, maps, strict=True):
+        window = slice(start, start + length)
+        left = n - start  # a looped window is longer than the video
         tapered = taper * stretch(cells[None], (length, *sides))[0]
-        total[start : start + length] += tapered[: n - start]
-        weight[start : start + length] += taper[: n - start]
+        total[window] += tapered[:left]
+        weight[window] += taper[:left]
     return (total / weight).numpy()
 
 
@@ -603,8 +605,9 @@ def without_moments(video, found, question):
     that show them.
     """
     length = question.clip.length
+    half = length // 2
     frames = torch.arange(length)
-    orders = frames.clip(length // 2), frames.clip(max=length // 2 - 1)
+    orders = frames.clip(half), frames.clip(max=half - 1)
     total = np.zeros((3, len(found.times)))
     number = 0
     for _, clips in prepared(open_video(video), question):
@@ -612,7 +615,7 @@ def without_moments(video, found, question):
         for halves in zip(*left, strict=True):
             target = found.targets[number]
             window = total[:, found.starts[number] :][:, :length]
-            for part, p in zip(np.split(window, [length // 2], 1), halves, strict=True):
+            for part, p in zip(np.split(window, [half], 1), halves, strict=True):
                 part += [[found.scores[number, target]], [float(p[target])], [1]]
             number += 1
     return total[:2] / total[2]
@@ -631,12 +634,10 @@ def overlay(picture, heat):
 
 def tile(pictures, columns):
     """Pictures of one size in rows of `columns`; what is left over is black."""
-    height, width = pictures[0].shape[:2]
-    rows = math.ceil(len(pictures) / columns)
-    sheet = np.zeros((rows, height, columns, width, 3), np.uint8)
-    for i, picture in enumerate(pictures):
-        sheet[i // columns, :, i % columns] = picture
-    return sheet.reshape(rows * height, columns * width, 3)
+    black = np.zeros_like(pictures[0])
+    missing = -len(pictures) % columns
+    rows = batched([*pictures, *[black] * missing], columns)
+    return np.vstack([np.hstack(row) for row in rows])
 
 
 def arrange(n, height, width, small=False):
@@ -645,12 +646,15 @@ def arrange(n, height, width, small=False):
     If `small`, all within 1280x720.
     """
     # about twice as wide as high, for which a screen has room above the band
-    columns = min(n, math.ceil(math.sqrt(2 * n * height / width)))
+    wanted = math.sqrt(2 * n * height / width)
+    columns = min(n, math.ceil(wanted))
     rows = math.ceil(n / columns)
     screen = (1280, 720) if small else (1920, 1080)
     scale = 1
     if n > 2 or small:
-        scale = min(1, screen[0] / (columns * width), screen[1] / (rows * height))
+        across = screen[0] / (columns * width)
+        down = screen[1] / (rows * height)
+        scale = min(1, across, down)
     return columns, round(scale * height), round(scale * width)
 
 
@@ -692,7 +696,8 @@ def draw_time_line(width, size, found, classes):
     rows = [2 * size, 5 * size, 13 * size // 2]
     _, curve, names, scale = np.split(picture, rows)
     times = np.linspace(0, seconds, width)
-    score = np.take_along_axis(found.scores, found.targets[:, None], 1)[:, 0]
+    windows = np.arange(len(found.targets))
+    score = found.scores[windows, found.targets]
     score = np.interp(times, found.moments, score)[:, None]
     level = np.linspace(1, 0, len(curve))[:, None, None]
     for span in found.spans:
@@ -730,8 +735,9 @@ def mark(time_line, size, time, found, classes):
     share = min(1, time / max(found.times[-1], 0.1))
     x = int(share * (time_line.shape[1] - 1))
     curve = time_line[2 * size : 5 * size]
-    cv2.line(curve, (x, 0), (x, 3 * size), (DARK, DARK, DARK), size // 3)
-    cv2.line(curve, (x, 0), (x, 3 * size), WHITE, size // 6)
+    top, bottom = (x, 0), (x, 3 * size)
+    cv2.line(curve, top, bottom, (DARK, DARK, DARK), size // 3)
+    cv2.line(curve, top, bottom, WHITE, size // 6)
 
 
 def draw_heat(source, heat, size):
@@ -743,10 +749,12 @@ def draw_heat(source, heat, size):
     cover = middle(height, width, size).cover
     top = round(height * (1 - size[1] / cover[0]) / 2)
     left = round(width * (1 - size[0] / cover[1]) / 2)
-    seen = source[top : height - top, left : width - left]
+    rows = slice(top, height - top)
+    columns = slice(left, width - left)
+    seen = source[rows, columns]
     heat = cv2.resize(heat, seen.shape[1::-1])  # bilinear: cells are tiles
     panel = source // 3
-    panel[top : height - top, left : width - left] = overlay(seen, heat)
+    panel[rows, columns] = overlay(seen, heat)
     return panel
 
 
@@ -772,8 +780,9 @@ def draw(video, found, size, classes, small=False):
         sheet = tile(panels[: 1 + found.shown], columns)
         if found.shown > 1:
             for i, name in enumerate(islice(found.maps, found.shown), 1):
+                top = i // columns * height
                 left = i % columns * width
-                panel = sheet[i // columns * height :, left : left + width]
+                panel = sheet[top:, left : left + width]
                 write(panel, [name], letters)
         below = time_line.copy()
         mark(below, letters, video.time, found, classes)
@@ -857,7 +866,8 @@ def sharp_layer(model, clip):
     """
     layers = stage_names(model)
     fine = layers[0]
-    x = model.prepare(torch.zeros(1, clip.length, 3, *clip.size[::-1], dtype=torch.uint8))
+    black = torch.zeros(1, clip.length, 3, *clip.size[::-1], dtype=torch.uint8)
+    x = model.prepare(black)
     with torch.inference_mode():
         for name, stage in zip(layers, model.features, strict=True):
             x = stage(x)
@@ -986,8 +996,8 @@ def write_maps(path, found, name):
         np.savez(part, times=found.times, **maps)
 
 
-def check_file(video, table, found, question):
-    """Print whether to believe the maps, write the table; the Explanation with `lost`."""
+def check_maps(video, table, found, question):
+    """Print whether to believe the maps of a video, and write the table."""
     model, layers, methods = question.model, question.layers, question.methods
     # the tests of the maps ask about one class
     target = np.bincount(found.targets).argmax()
@@ -1008,7 +1018,9 @@ def check_file(video, table, found, question):
     rows = [(question.classes[target], *line) for line in lines]
     write_csv(table, [("class", *CheckLine._fields), *rows])
 
-    # the moments
+
+def check_moments(video, found, question):
+    """Print which seconds carry the answer; the Explanation with `lost`."""
     p, left = without_moments(video, found, question)
     lost = p - left
     most = np.flatnonzero(lost > lost.max() - 1e-6)
@@ -1049,7 +1061,8 @@ def explain_file(video, output, question, args):
     name = subject(found, classes)
     print(*ranges(found, name), sep="\n")
     if args.check:
-        found = check_file(video, results.check, found, question)
+        check_maps(video, results.check, found, question)
+        found = check_moments(video, found, question)
     render(video, output, found, question.clip.size, drawable(classes), args.full_size)
     if args.npy:
         write_maps(results.maps, found, name)
