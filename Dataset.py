@@ -1505,6 +1505,9 @@ class ExerciseVideoDataModule:
             worker_init_fn=start_worker,
             persistent_workers=self.workers > 0,
             pin_memory=self.pin_memory,
+            # each start of worker processes draws a seed: not from what dropout draws from, for a
+            # run that goes on starts them once more
+            generator=torch.Generator(),
         )
 
 
