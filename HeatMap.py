@@ -51,7 +51,7 @@ import os
 import sys
 from collections import deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count, islice, product
 from pathlib import Path
 
@@ -112,7 +112,7 @@ ALPHA = 0.6  # opacity of the heat
 # of the classes: steps in hue and brightness that keep the first 20 farthest apart (CIE Lab)
 HUES = cv2.applyColorMap(np.arange(256, dtype=np.uint8) * 243, cv2.COLORMAP_HSV)
 COLOURS = HUES.reshape(-1, 3) * np.resize([1.0, 0.67, 0.4], (256, 1))
-GREY = 90
+GREY = 120
 STEPS = (1, 5, 10, 30, 60, 300, 600, 1800, 3600, 7200, 14400)  # of the time line, in seconds
 
 
@@ -664,6 +664,14 @@ def clock(seconds):
     return f"{minutes}:{seconds:02}"
 
 
+def answer(span, classes):
+    """A span's class with its probability; of the last one, "unknown", that of the best class."""
+    probability = f"{span.probability:.0%}"
+    if classes[span.label] == classes[-1]:
+        return f"{classes[-1]}, at best {probability}"
+    return f"{classes[span.label]} {probability}"
+
+
 def subject(found, classes):
     """Name of the class that is explained; "the prediction" where there are several."""
     labels = set(found.targets.tolist())
@@ -729,8 +737,7 @@ def draw_time_line(width, size, found, classes):
 def mark(time_line, size, time, found, classes):
     """Write what the network says at a time above a picture of `draw_time_line`; its cursor."""
     span = next((span for span in found.spans if time < span.end), found.spans[-1])
-    text = f"predicted: {classes[span.label]} {span.probability:.0%}"
-    text += f"; red: {subject(found, classes)}"
+    text = f"predicted: {answer(span, classes)}; red: {subject(found, classes)}"
     write(time_line, [text], size)
     share = min(1, time / max(found.times[-1], 0.1))
     x = int(share * (time_line.shape[1] - 1))
@@ -924,6 +931,9 @@ def find_jobs(paths, output, end):
             raise UserError(f"{output} should be a folder, or for a single video end in {ends}")
         jobs = {output: video}
         folder = output.parent
+    if folder == output:
+        with suppress(OSError):
+            folder.mkdir(exist_ok=True)
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise UserError(f"{folder} is no folder that can be written to: give --output another")
     return jobs
@@ -938,7 +948,10 @@ def ask(args):
         saved = [path for path in found if path.name != "last.pt" and path.suffixes == [".pt"]]
         if not saved:
             command = "python Trainer.py --debug False"
-            raise UserError(f"there is no checkpoint in checkpoints/: make one with {command}")
+            raise UserError(
+                f"there is no checkpoint in checkpoints/: make one with {command}, or name one by "
+                "--checkpoint"
+            )
         path = max(saved, key=os.path.getmtime)
     try:
         model, checkpoint = load_checkpoint(path)
@@ -970,11 +983,11 @@ def ask(args):
 
 def write_tables(found, classes, results):
     """Print the spans, at most 30, and write both tables; returns the rows of the first."""
+    for span in found.spans[:30]:
+        print(f"{clock(span.start)} to {clock(span.end)} {answer(span, classes)}")
+    if len(found.spans) > 30:
+        print(f"and {len(found.spans) - 30} more, in {results.spans}")
     rows = [span._replace(label=classes[span.label]) for span in found.spans]
-    for start, end, name, probability in rows[:30]:
-        print(f"{clock(start)} to {clock(end)} {name} {probability:.0%}")
-    if len(rows) > 30:
-        print(f"and {len(rows) - 30} more, in {results.spans}")
     write_csv(results.spans, [("start", "end", "class", "probability"), *rows])
     table = np.column_stack([found.moments, found.scores]).tolist()
     write_csv(results.windows, [("seconds", *classes[:-1]), *table])
@@ -1057,6 +1070,7 @@ def explain_file(video, output, question, args):
     rows = write_tables(found, classes, results)
     if args.no_heat:
         write_band(results.band, str(video), found, classes)
+        print("written", *paths)
         return rows
     name = subject(found, classes)
     print(*ranges(found, name), sep="\n")

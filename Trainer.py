@@ -788,6 +788,7 @@ def evaluate_checkpoint(model, checkpoint, data, args, processes):
         print(f"{part:10} videos of {args.data}, loss {figures['val_loss']:.4f}")
         stem = f"{args.evaluate.stem}_{part}_confusion"
         report(confusion, data.classes, args.evaluate.with_name(stem))
+        print(f"look at    {stem}.png and {stem}.csv in {args.evaluate.parent}")
         if (Path(args.data) / "labels").is_dir():
             temperature = checkpoint.get("metrics", {}).get("temperature", 1.0)
             print_when(segments, (scores.log() / temperature).softmax(1).numpy())
@@ -918,6 +919,7 @@ KNOWS = "\n           It knows the rooms, or people who hold still: film in othe
 # What is written beside the checkpoints
 REPORTS = "confusion.png curves.png mistakes.png predictions.csv confusion.csv metrics.csv".split()
 FEW = 20  # videos to train a class on
+NOT_BEGUN = "it has not begun to learn, its training loss does not fall"
 LEARNING = "it is still learning"
 BY_HEART = "it learns the training videos by heart"
 
@@ -1106,8 +1108,11 @@ def draw_curves(history, chance, path):
 def read_curves(history):
     """What the last accuracies say about the training; "" after one epoch."""
     train = history[-1]["train_top1"]
+    fall = history[0]["train_loss"] - history[-1]["train_loss"]
     if len(history) == 1:
         return "one epoch says nothing yet"
+    if train < 0.8 and fall < 0.02:
+        return NOT_BEGUN
     if train < 0.8:
         return LEARNING
     if train > history[-1]["val_video_top1"] + 0.2:
@@ -1160,7 +1165,10 @@ def finish(args, data, checkpoint):
     few = too_few(data) or "no class"
     print(VERDICT.format(verdict=read_curves(history), limit=FEW, few=few, **history[-1]))
     if "scores" in checkpoint:
-        video = explain_videos(checkpoint["scores"], data, folder)
+        # the same probabilities as HeatMap.py shows
+        temperature = history[epoch - 1].get("temperature", 1.0)
+        scores = (checkpoint["scores"].log() / temperature).softmax(1)
+        video = explain_videos(scores, data, folder)
         print(f"heat-map   python HeatMap.py {shlex.join([video, '--checkpoint', str(best)])}")
     written = [name for name in REPORTS if (folder / name).exists()]
     print(f"look at    {', '.join(written)} in {folder}")
@@ -1172,7 +1180,7 @@ def first_step(args, data, checkpoint, knows_room):
     verdict = read_curves(history)
     if args.missing:
         return missing_weights(args)
-    if verdict == LEARNING:
+    if verdict in (NOT_BEGUN, LEARNING):
         return f"more epochs: {go_on(args, '--epochs', str(2 * len(history)))}"
     if knows_room or verdict == BY_HEART or too_few(data):
         return "film more: other people, other rooms; keep those of one together by split.csv"

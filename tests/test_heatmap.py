@@ -966,17 +966,17 @@ def test_the_tables_are_an_independent_reading_of_the_windows(
     assert [float(value) for value in rows[0][:2]] == [0.0, 2.5]
     best = expected.mean(0).max()
     assert float(rows[0][3]) == pytest.approx(best, abs=2e-3)
-    assert stdout.splitlines()[1] == f"0:00 to 0:02 unknown {best:.0%}"
+    assert stdout.splitlines()[1] == f"0:00 to 0:02 unknown, at best {best:.0%}"
 
 
 def test_without_heat_a_folder_gives_one_table_and_no_video(tmp_path, checkpoints, heatmap):
     for name in "ab":
         write_video(tmp_path / f"in/squat/{name}.mp4", moving_square(9), fps=15)
-    results = tmp_path / "results"
-    results.mkdir()
+    results = tmp_path / "results"  # made by the script
     args = ["--checkpoint", checkpoints[NETWORKS[0]], "--output", results, "--no-heat"]
-    code, _, stderr = heatmap(tmp_path / "in", *args)
+    code, stdout, stderr = heatmap(tmp_path / "in", *args)
     assert code == 0, stderr
+    assert f"{results}/squat_b_spans.png" in stdout
     endings = ["_spans.csv", "_spans.png", "_windows.csv"]
     names = [f"squat_{name}{ending}" for name in "ab" for ending in endings]
     assert sorted(p.name for p in results.iterdir()) == ["predictions.csv", *names]

@@ -596,10 +596,11 @@ ROWS = [0.3, 0.5, 0.7], [1.0, 0.9, 0.8], [0.3, 0.4, 0.5]
         (epochs([0.3, 0.9, 1.0], [0.8, 0.9, 1.0], [0.3, 0.4, 0.5]), "by heart"),
         (epochs([0.3, 0.9, 1.0], [0.4, 0.3, 0.4], [0.3, 0.8, 0.9]), "learnt what it can"),
         (epochs([0.3], [1.0], [0.4]), "one epoch says nothing yet"),
+        (epochs([0.3, 0.4, 0.31], [1.0, 1.0, 1.0], [0.3, 0.5, 0.5]), "not begun to learn"),
     ],
 )
 def test_the_curves_get_one_verdict(history, said):
-    verdicts = ("still learning", "by heart", "learnt what it can", "one epoch")
+    verdicts = ("still learning", "by heart", "learnt what it can", "one epoch", "not begun")
     found = Trainer.read_curves(history)
     assert [verdict for verdict in verdicts if verdict in found] == [
         verdict for verdict in verdicts if verdict in said
