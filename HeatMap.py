@@ -1040,10 +1040,10 @@ def check_moments(video, found, question):
     first, last = most[[0, -1]]
     end = found.times[last] + 1 / question.clip.fps
     seconds = f"{clock(found.times[first])} to {clock(end)}"
-    said = f"{seconds} carry most of it"
+    said = f"{seconds} carry most of it: without them {p[first]:.0%} becomes {left[first]:.0%}"
     if lost.max() < 0.1:
-        said = f"no moment decides alone, not even {seconds}"
-    print(f"{said}: without these frames {p[first]:.0%} becomes {left[first]:.0%}")
+        said = f"no moment decides alone: without any one of them {left.min():.0%} or more is left"
+    print(said)
     return found._replace(lost=(lost / p).clip(0))
 
 
