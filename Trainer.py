@@ -890,9 +890,12 @@ def check_room(accuracy, how):
     left = room[ACCURACY]
     chance = 1 / len(confusion)
     gain = accuracy - chance
-    knows = gain > 0.05 and left - chance > gain / 2  # if there is a gain to speak of
+    knows = left - chance > gain / 2
+    verdict = ROOMS if knows else PEOPLE
+    if gain < 0.05:
+        knows, verdict = False, NOTHING
     facts = {"accuracy": accuracy, "still": still[ACCURACY], "left": left, "chance": chance}
-    how[3].say(ROOM.format(**facts, verdict=KNOWS if knows else ""))
+    how[3].say(ROOM.format(**facts, verdict=verdict))
     return knows
 
 
@@ -914,8 +917,11 @@ validation videos right at the end
 too few    to train on, under {limit}: {few}"""
 ROOM = """\
 room       {accuracy:.1%} right per class; {still:.1%} from one frame alone, {left:.1%} with the \
-person wiped out, {chance:.1%} by guessing{verdict}"""
-KNOWS = "\n           It knows the rooms, or people who hold still: film in other rooms, too"
+person wiped out, {chance:.1%} by guessing
+           {verdict}"""
+ROOMS = "It knows the rooms, or people who hold still: film in other rooms, too"
+PEOPLE = "It looks at people more than at rooms"
+NOTHING = "That is too little beyond guessing to tell rooms from people"
 # What is written beside the checkpoints
 REPORTS = "confusion.png curves.png mistakes.png predictions.csv confusion.csv metrics.csv".split()
 FEW = 20  # videos to train a class on
@@ -1223,6 +1229,7 @@ def try_out(model, data, criterion, optimizer, args, processes):
     print(
         f"all right  read {count} videos, one step, loss fell from {before:.3f} to {after:.3f}\n"
         f"look at    {folder}/*.png: are people in the box, upright, in true colours?\n"
+        "           Cut off in most of them: another --size\n"
         f"next       python Trainer.py {command}"
     )
 
