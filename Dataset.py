@@ -252,6 +252,14 @@ def film(rows, times):
     return np.vstack(lines)
 
 
+def leave(code):
+    """Exit; a process of torchrun at once, for gloo's threads may abort it in the usual exit."""
+    sys.stdout.flush()
+    if "RANK" in os.environ:
+        os._exit(code)
+    sys.exit(code)
+
+
 def run_script(main, name, stopped):
     """Call main() and exit: 2 and one sentence for a UserError, 130 and one for Ctrl-C.
 
@@ -275,10 +283,10 @@ def run_script(main, name, stopped):
     except KeyboardInterrupt as stop:
         if os.environ.get("RANK", "0") == "0":  # torchrun's processes say it once
             sys.stderr.write(f"\n{name}: {str(stop) or stopped}\n")
-        sys.exit(130)
+        leave(130)
     if sentence:  # not above: with the error the progress bars end, which hold the line
         sys.stderr.write(f"{name}: {sentence}\n")
-        sys.exit(2)
+        leave(2)
 
 
 # --------------------------------------------------------------------------------- file to frames
