@@ -1112,16 +1112,18 @@ def draw_curves(history, chance, path):
 
 
 def read_curves(history):
-    """What the last accuracies say about the training; "" after one epoch."""
-    train = history[-1]["train_top1"]
-    fall = history[0]["train_loss"] - history[-1]["train_loss"]
+    """What losses and accuracies say about the training."""
+    first = history[0]
+    last = history[-1]
+    train = last["train_top1"]
+    fall = first["train_loss"] - last["train_loss"]
     if len(history) == 1:
         return "one epoch says nothing yet"
     if train < 0.8 and fall < 0.02:
         return NOT_BEGUN
     if train < 0.8:
         return LEARNING
-    if train > history[-1]["val_video_top1"] + 0.2:
+    if train > last["val_video_top1"] + 0.2:
         return BY_HEART
     return "it learnt what it can from these videos"
 
@@ -1149,7 +1151,7 @@ def explain_videos(scores, data, folder):
         times = np.arange(data.clip.length) / data.clip.fps
         write_png(sheet, film(strips, times))
     right = [str(path) for path, true, guess, _ in table if true == guess]
-    return [*right, str(table[0][0])][0]
+    return right[0] if right else str(table[0][0])
 
 
 def too_few(data):

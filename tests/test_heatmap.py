@@ -969,6 +969,15 @@ def test_the_tables_are_an_independent_reading_of_the_windows(
     assert stdout.splitlines()[1] == f"0:00 to 0:02 unknown, at best {best:.0%}"
 
 
+def test_the_flag_for_the_full_size_reaches_the_video(tmp_path, checkpoints, heatmap):
+    write_video(tmp_path / "wide.mp4", np.full((4, 500, 1000, 3), 90, np.uint8), fps=15)
+    output = tmp_path / "out.webm"
+    args = ["--checkpoint", checkpoints[NETWORKS[0]], "--output", output, "--full-size"]
+    code, _, stderr = heatmap(tmp_path / "wide.mp4", *args)
+    assert code == 0, stderr
+    assert cv2.VideoCapture(str(output)).get(cv2.CAP_PROP_FRAME_WIDTH) == 2000
+
+
 def test_without_heat_a_folder_gives_one_table_and_no_video(tmp_path, checkpoints, heatmap):
     for name in "ab":
         write_video(tmp_path / f"in/squat/{name}.mp4", moving_square(9), fps=15)
