@@ -98,6 +98,7 @@ from SparseModel import (
     keep_freed_memory,
     load_checkpoint,
     pick_device,
+    trim_memory,
 )
 
 METHODS = ["gradcam", "hirescam"]
@@ -327,9 +328,12 @@ def prepared(video, question, wanted=None):
     device = next(model.parameters()).device
     at_once = clips_at_once((clip.length, *clip.size), device)
     bar = tqdm(ahead(windows), "explain", total, leave=False, unit="window")
-    for batch in batched(bar, at_once):
+    for i, batch in enumerate(batched(bar, at_once), 1):
         ends, frames = zip(*batch, strict=True)
+        if i % 32 == 0:
+            trim_memory()
         yield ends, model.prepare(torch.stack(frames))
+    trim_memory()
 
 
 def look(video, question, targets=None):
