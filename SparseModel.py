@@ -72,7 +72,7 @@ class ConvBNReLU6(nn.Sequential):
     def forward(self, x):
         conv, norm, _ = self
         if isinstance(norm, nn.Identity) and is_plain_inference(x):
-            return conv_relu6(x, conv)
+            return one_pass(x, conv, "hardtanh", [0.0, 6.0])
         return super().forward(x)
 
 
@@ -485,9 +485,9 @@ class FastConv3d(nn.Conv3d):
 
     One is the backward of depthwise layers. The other is a batch of one clip, or a single thread,
     as torchrun starts it, for which torch leaves oneDNN for its plain kernel: a pointwise layer is
-    then a matrix product, and the stem of one clip a 2D convolution over frames stacked with their
-    neighbours (a step at 1x3x16x400x300 takes 0.68 s instead of 1.04, inference 0.16 instead of
-    0.22; on one thread a step at 4x3x16x192x144 1.1 to 1.6 s instead of 3.2).
+    then a matrix product, or oneDNN's own call where no gradient is asked for, and the stem of one
+    clip a 2D convolution over frames stacked with their neighbours (a step at 1x3x16x400x300 takes
+    0.68 s instead of 1.04; on one thread a step at 4x3x16x192x144 1.1 to 1.6 s instead of 3.2).
 
     The properties say for which layers each way holds; all others are the library's.
     """
@@ -534,6 +534,8 @@ class FastConv3d(nn.Conv3d):
         is_one_clip = len(x) == 1
         if self.is_depthwise and torch.is_grad_enabled() and x.shape[2] % self.stride[0] == 0:
             return DepthwiseConv3d.apply(x, self.weight, self.stride)
+        if self.is_pointwise and is_plain_inference(x):
+            return one_pass(x, self)
         if self.is_pointwise and (is_one_clip or torch.get_num_threads() == 1):
             return self.as_matrix_product(x)
         if self.is_stem and is_one_clip:
@@ -641,11 +643,11 @@ def is_plain_inference(x):
     return torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling()
 
 
-def conv_relu6(x, conv):
-    """ReLU6 of the convolution in one pass over memory, by oneDNN as torch.compile would call it.
+def one_pass(x, conv, activation="none", limits=()):
+    """An activation of a convolution in one pass over memory, by oneDNN as torch.compile calls it.
 
     It has no gradient.
     """
     geometry = conv.padding, conv.stride, conv.dilation, conv.groups
     fused = torch.ops.mkldnn._convolution_pointwise
-    return fused(x, conv.weight, conv.bias, *geometry, "hardtanh", [0.0, 6.0], "")
+    return fused(x, conv.weight, conv.bias, *geometry, activation, limits, "")

@@ -88,11 +88,17 @@ def seconds(function, device, clock):
     return clock() - start
 
 
-def in_turn(functions, rounds, device="cpu", clock=time.perf_counter):
-    """{name: seconds of each round}; one after the other in each round, after one to warm up."""
+def in_turn(functions, rounds, device="cpu", clock=time.perf_counter, rest=0.0):
+    """{name: seconds of each round}; one after the other in each round, after one to warm up.
+
+    rest: seconds before each, and one more to warm up: the threads of some others spin on.
+    """
     times = {name: [] for name in functions}
     for _ in range(rounds + 1):
         for name, function in functions.items():
+            if rest:
+                time.sleep(rest)
+                function()
             times[name].append(seconds(function, device, clock))
     return {name: spent[1:] for name, spent in times.items()}
 
@@ -110,11 +116,11 @@ def row(*cells):
 def spread(times, n):
     """Median, smallest and largest of seconds for `n` items, per item."""
     middle_time = statistics.median(times) / n
-    return f"{middle_time:.3f} ({min(times) / n:.3f} to {max(times) / n:.3f})"
+    return f"{middle_time:.4f} ({min(times) / n:.4f} to {max(times) / n:.4f})"
 
 
 def ratio(slow, fast):
-    return f"{statistics.median(slow) / statistics.median(fast):.1f}x"
+    return f"{statistics.median(slow) / statistics.median(fast):.2f}x"
 
 
 # ----------------------------------------------------------------------------------------- model
@@ -214,10 +220,11 @@ def other_runtimes(net, clips, folder):
 
 
 def runtimes(args):
-    """Seconds per clip of inference by processor time, beside runtimes made for it."""
+    """Seconds per clip of inference by the clock, beside runtimes made for it."""
     keep_freed_memory()
-    print(f"{torch.get_num_threads()} threads, n = {args.rounds}, processor time")
-    table("16 frames, HxW, batch", "ours", "OpenVINO", "ONNX Runtime", "largest difference")
+    print(f"{torch.get_num_threads()} threads, n = {args.rounds}")
+    columns = "ours", "OpenVINO", "ONNX Runtime"
+    table("16 frames, HxW, batch", *columns, "to ours", "to ours", "largest difference")
     for (height, width), batch in product([(400, 300), (128, 128)], [1, 4]):
         clips = torch.randn(batch, 3, 16, height, width)
         usual = plain().eval().requires_grad_(False)
@@ -227,12 +234,13 @@ def runtimes(args):
         with tempfile.TemporaryDirectory() as folder:
             others = other_runtimes(usual, clips, folder)
         calls = {"ours": partial(infer, ours, clips)} | others
-        times = in_turn(calls, args.rounds, clock=time.process_time)
+        times = in_turn(calls, args.rounds, rest=0.2)
         with torch.inference_mode():
             expected = ours(clips)
         differences = [abs(expected - torch.from_numpy(call())).max() for call in others.values()]
         cells = [spread(spent, batch) for spent in times.values()]
-        row(f"{height}x{width}, {batch}", *cells, f"{max(differences):.1e}")
+        ratios = [ratio(times[name], times["ours"]) for name in others]
+        row(f"{height}x{width}, {batch}", *cells, *ratios, f"{max(differences):.1e}")
 
 
 # ---------------------------------------------------------------------------------------- motion
