@@ -90,6 +90,11 @@ def did_you_mean(name, names):
     return f" (did you mean {meant[0]}?)" if meant else ""
 
 
+def near(path):
+    """did_you_mean, for a path that is not there."""
+    return did_you_mean(path.name, [other.name for other in path.parent.glob("*")])
+
+
 def boolean(text):
     """argparse type; its own type=bool takes any text, "False" too, for true."""
     if text.lower() in ("true", "yes", "1"):
@@ -341,7 +346,7 @@ class VideoReader:
         self.threads = threads
         self.shape = None
         if not self.path.is_file():
-            raise UserError(f"{path} does not exist or is not a file")
+            raise UserError(f"{path} does not exist or is not a file{near(self.path)}")
         self.way = way
         if not way and is_interlaced(self.path):
             self.way = DEINTERLACED
@@ -1122,7 +1127,7 @@ def split_to_evaluate(videos, root, trained, notes):
 def look_closer(root):
     """What a folder without usable videos holds, and what to do about it."""
     if not root.exists():
-        return "it does not exist"
+        return f"it does not exist{near(root)}"
     if root.is_file():
         return "a single video is for HeatMap.py" if is_video(root) else "unpack it first"
     files = sorted(root.rglob("[!.]*.*"))

@@ -52,7 +52,7 @@ import sys
 from collections import deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from itertools import count, islice, product
+from itertools import chain, count, islice, product
 from pathlib import Path
 
 import cv2
@@ -895,14 +895,13 @@ def choose_layers(text, model, clip):
     "last" and "sharp" stand in the strip together; for others it shows what was asked for.
     """
     layers = stage_names(model)
-    if text == "all":
-        return layers, []
+    named = {layer: [layer] for layer in layers}
+    named |= {"last": layers[-1:], "sharp": [sharp_layer(model, clip)], "all": layers}
+    chosen = [choose(name, [*named], "layer") for name in text.split(",")]
+    asked = list(chain.from_iterable([*named.values()][i] for i in chosen))
     if text not in ("last", "sharp"):
-        return [layers[choose(name, layers, "layer")] for name in text.split(",")], []
-    asked, other = layers[-1], sharp_layer(model, clip)
-    if text == "sharp":
-        asked, other = other, asked
-    return [asked], [other] if other != asked else []
+        return asked, []
+    return asked, [layer for layer in named["last"] + named["sharp"] if layer not in asked]
 
 
 def find_jobs(paths, output, end):

@@ -231,8 +231,9 @@ def settings(argv):
     args = parse_args(argv, saved)
     for name in OF_NETWORK if args.evaluate else OF_RUN:
         if getattr(args, name) != saved[name]:
-            print(f"kept       {name} {saved[name]}, which can't be changed any more")
             setattr(args, name, saved[name])
+            if os.environ.get("RANK", "0") == "0":  # torchrun's processes say it once
+                print(f"kept       {name} {saved[name]}, which can't be changed any more")
     return args, model.requires_grad_(True), checkpoint
 
 

@@ -876,6 +876,7 @@ def test_folders_that_can_not_be_used_are_explained(tmp_path):
     "files, data, sentence",
     [
         ([], "none", "none is not a folder, it does not exist"),
+        (["squats/0.txt"], "squat", r"it does not exist \(did you mean squats\?\)"),
         (["v.zip"], "v.zip", "v.zip is not a folder, unpack it first"),
         (["squat/0.mp4"], "squat/0.mp4", "is not a folder, a single video is for HeatMap.py"),
         (["squat/0.mp4"], "squat", "its videos lie as .*squat/0.mp4: if squat is a class, give /"),

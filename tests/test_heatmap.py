@@ -210,6 +210,8 @@ def test_the_product_of_two_stages_keeps_what_both_show(models, clips):
         ((48, 64), "sharp", ["features.3*features.18"], ["features.18"]),
         ((256, 256), "sharp", ["features.18"], []),
         ((48, 64), "features.2,features.4", ["features.2", "features.4"], []),
+        ((48, 64), "features.2,last", ["features.2", "features.18"], []),
+        ((48, 64), "all", [f"features.{i}" for i in range(19)], []),
     ],
 )
 def test_sharp_has_at_least_eight_cells_and_the_strip_shows_it(models, size, asked, layers, strip):
@@ -1168,12 +1170,13 @@ def damaged(folder, checkpoints, kind):
     ("flag", "value", "said"),
     [
         ("--video", "missing.mp4", ["missing.mp4"]),
+        ("--video", "clips.mp4", ["clips.mp4 does not exist", "(did you mean clip.mp4?)"]),
         ("--video", "text.mp4", ["text.mp4"]),
         ("--video", "empty.mp4", ["empty.mp4"]),
         ("--target-class", "jumping", ["jumping", *CLASSES]),
         ("--target-class", "3", ["'3'", *CLASSES]),
         ("--target-class", "-1", ["'-1'", *CLASSES]),
-        ("--layer", "features.99", ["features.99", "features.0", "features.18"]),
+        ("--layer", "features.99", ["features.99", "features.0", "features.18, last, sharp, all"]),
         ("--checkpoint", "missing", ["damaged.pt"]),
         ("--checkpoint", "bytes", ["damaged.pt"]),
         ("--checkpoint", "state dict", ["damaged.pt"]),
