@@ -27,12 +27,12 @@ import signal
 import sys
 import tempfile
 import unicodedata
-from collections import Counter, defaultdict, namedtuple
+from collections import Counter, defaultdict, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import cache
-from itertools import chain, pairwise, product
+from functools import cache, partial
+from itertools import chain, islice, pairwise, product
 from pathlib import Path
 from threading import Lock
 from time import sleep
@@ -155,6 +155,27 @@ def cores():
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def batched(items, n):
+    """Lists of `n` neighbouring items of an iterable; the last may be shorter."""
+    items = iter(items)
+    batch = list(islice(items, n))
+    while batch:
+        yield batch
+        batch = list(islice(items, n))
+
+
+def in_order(compute, items, threads):
+    """compute(item) of each item, by threads; only so many items are taken as can be computed."""
+    waiting = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            waiting.append(pool.submit(compute, item))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        for future in waiting:
+            yield future.result()
 
 
 def share_of_node(world):
@@ -515,30 +536,78 @@ def quiet():
         os.close(stderr)
 
 
-def write_video(path, frames, fps, fourcc="mp4v"):
-    """Write an iterable of frames, uint8 (H, W, 3) in BGR; the suffix chooses the container.
+def even(frame):
+    """(W, H) without odd lines, for the codecs take even sides only."""
+    height, width = frame.shape[:2]
+    return width // 2 * 2, height // 2 * 2
 
-    Odd sides lose a line, for the codecs take even ones only. OSError if it can't be written.
-    """
+
+def open_writer(path, fps, fourcc, size, packets=False):
+    """cv2.VideoWriter for frames of `size` (W, H), or for packets, frames that are encoded."""
     name = os.fsencode(os.path.abspath(path))
+    code = cv2.VideoWriter_fourcc(*fourcc)
+    options = []
+    if packets:  # which say themselves whether they are key frames: browsers need to know
+        options = [cv2.VIDEOWRITER_PROP_RAW_VIDEO, 1, cv2.VIDEOWRITER_PROP_KEY_INTERVAL, 2**30]
     writer = cv2.VideoWriter()
-    for frame in frames:
-        height, width = frame.shape[:2]
-        size = (width // 2 * 2, height // 2 * 2)
-        if not writer.isOpened():
-            # not always: the process has one stderr, and the demo is written by threads
-            with quiet() if fourcc == "VP80" else nullcontext():
-                writer.open(name, cv2.VideoWriter_fourcc(*fourcc), fps, size)
-        if not writer.isOpened():
-            open(path, "ab").close()  # this says why, or else:
-            raise UserError(f"{path} can't be written as video")
-        writer.write(frame[: size[1], : size[0]])
+    # not always: the process has one stderr, and the demo is written by threads
+    with quiet() if Path(path).suffix.lower() == ".webm" else nullcontext():
+        writer.open(name, cv2.CAP_FFMPEG, code, fps, size, options)
+    if not writer.isOpened():
+        open(path, "ab").close()  # this says why, or else:
+        raise UserError(f"{path} can't be written as video")
+    return writer
+
+
+def close_writer(writer, path):
+    """Finish a file. OSError if the disk is full, of which the writer says nothing."""
     writer.release()
-    # a full disk, of which the writer says nothing, has no room for a little more either
+    # a full disk has no room for a little more either
     size = os.path.getsize(path)
     with open(path, "ab") as file:
         file.write(bytes(100_000))
     os.truncate(path, size)
+
+
+def write_video(path, frames, fps, fourcc="mp4v"):
+    """Write an iterable of frames, uint8 (H, W, 3) in BGR; the suffix chooses the container.
+
+    Odd sides lose a line. OSError or UserError if it can't be written.
+    """
+    writer = cv2.VideoWriter()
+    for frame in frames:
+        width, height = even(frame)
+        if not writer.isOpened():
+            writer = open_writer(path, fps, fourcc, (width, height))
+        writer.write(frame[:height, :width])
+    close_writer(writer, path)
+
+
+def encode(frames, fps):
+    """((W, H), [(packet, whether it is a key frame)]) of frames, as of write_video, in VP8."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = os.path.join(folder, "part.avi")
+        write_video(file, frames, fps, "VP80")
+        capture = cv2.VideoCapture(file, cv2.CAP_FFMPEG, [cv2.CAP_PROP_FORMAT, -1])
+        packets = []
+        while capture.grab():
+            is_key = capture.get(cv2.CAP_PROP_LRF_HAS_KEY_FRAME)
+            packets.append((capture.retrieve()[1], is_key))
+        capture.release()
+    return even(frames[0]), packets
+
+
+def write_webm(path, frames, fps):
+    """write_video in VP8, which OpenCV encodes in one thread: here in parts, one on each core."""
+    writer = cv2.VideoWriter()
+    parts = batched(frames, 24)  # two of the groups that OpenCV begins with a key frame
+    for size, packets in in_order(partial(encode, fps=fps), parts, min(4, cores())):
+        if not writer.isOpened():
+            writer = open_writer(path, fps, "VP80", size, packets=True)
+        for packet, is_key in packets:
+            writer.set(cv2.VIDEOWRITER_PROP_KEY_FLAG, is_key)
+            writer.write(packet)
+    close_writer(writer, path)
 
 
 # --------------------------------------------------------------------------------------- geometry

@@ -72,6 +72,7 @@ from Dataset import (
     HelpFormatter,
     UserError,
     VideoReader,
+    batched,
     best_path,
     boolean,
     cores,
@@ -91,6 +92,7 @@ from Dataset import (
     write_csv,
     write_png,
     write_video,
+    write_webm,
 )
 from SparseModel import (
     build_model,
@@ -107,7 +109,7 @@ SHARP = 8  # cells on the short side that a map of --layer sharp has at least
 DRAWS = 10  # of noise, and of networks that learned nothing
 SURE = 1.75  # standard errors: chosen with tests/calibrate.py
 ALIKE = 0.9  # the correlation with another class's map from which on they are the same
-CODECS = {".webm": "VP80", ".mp4": "mp4v"}  # VP8 plays in browsers; mp4v is faster but does not
+WRITERS = {".webm": write_webm, ".mp4": write_video}  # mp4v is faster, but browsers don't play it
 COLORMAP = cv2.COLORMAP_TURBO
 ALPHA = 0.6  # opacity of the heat
 # of the classes: steps in hue and brightness that keep the first 20 farthest apart (CIE Lab)
@@ -300,15 +302,6 @@ def clips_at_once(shape, device):
     """
     values = 2_000_000 if device.type == "cpu" else 4_000_000
     return max(1, values // math.prod(shape))
-
-
-def batched(items, n):
-    """Lists of `n` neighbouring items of an iterable; the last may be shorter."""
-    items = iter(items)
-    batch = list(islice(items, n))
-    while batch:
-        yield batch
-        batch = list(islice(items, n))
 
 
 def prepared(video, question, wanted=None):
@@ -803,7 +796,7 @@ def draw(video, found, size, classes, small=False):
 def render(path, output, found, size, classes, full=False):
     """Write the video with its heat, encoded beside the drawing, and a film strip of it as PNG."""
     video = open_video(path)
-    # OpenCV encodes VP8 in one thread, at full size slower than a video of 720p plays
+    # VP8 is slow to encode
     small = output.suffix.lower() == ".webm" and not full
     drawings = ahead(draw(video, found, size, classes, small))
     begin, end = found.times[[0, -1]]
@@ -819,7 +812,7 @@ def render(path, output, found, size, classes, full=False):
             yield picture
 
     with replacing(output) as part:
-        write_video(part, pictures(), found.fps, CODECS[output.suffix.lower()])
+        WRITERS[output.suffix.lower()](part, pictures(), found.fps)
     times, panels = zip(*moments, strict=True)
     names = dict.fromkeys(classes[span.label] for span in found.spans)
     texts = [f"predicted: {', '.join(names)}"]
@@ -929,8 +922,8 @@ def find_jobs(paths, output, end):
             jobs[result] = video
     folder = output
     if output.suffix and not output.is_dir():
-        if output.suffix.lower() not in CODECS or len(jobs) > 1:
-            ends = " or ".join(CODECS)
+        if output.suffix.lower() not in WRITERS or len(jobs) > 1:
+            ends = " or ".join(WRITERS)
             raise UserError(f"{output} should be a folder, or for a single video end in {ends}")
         jobs = {output: video}
         folder = output.parent

@@ -140,6 +140,35 @@ def test_a_clip_deep_in_a_file_is_exact(tmp_path, name, fourcc):
     assert numbers(read_frames(tmp_path / name, times)) == [math.ceil(t * 25 - 1e-2) for t in times]
 
 
+@pytest.mark.parametrize("n", [1, 24, 25, 200])
+def test_a_webm_of_parts_has_each_frame_in_its_place_and_key_frames_to_jump_to(tmp_path, n):
+    path = tmp_path / "v.webm"
+    Dataset.write_webm(path, iter(numbered(n, 49, 97)), 25)
+    assert [frame.shape for frame in all_frames(path)] == [(48, 96, 3)] * n
+    assert numbers(read_frames(path, np.arange(n) / 25)) == [*range(n)]
+    capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_FORMAT, -1])
+    keys = []
+    while capture.grab():
+        flag = capture.get(cv2.CAP_PROP_LRF_HAS_KEY_FRAME)
+        header = capture.retrieve()[1].flat[0]
+        assert flag == (header & 1 == 0)  # RFC 6386, 9.1
+        keys.append(flag)
+    assert len(keys) == n
+    assert all(keys[::24])
+    # browsers go by the container's own list: a CueTrack for each key frame
+    cues = path.read_bytes().split(bytes.fromhex("1c53bb6b"))[-1]
+    assert cues.count(bytes.fromhex("f78101")) == sum(keys)
+
+
+def test_an_error_while_a_webm_is_drawn_comes_out(tmp_path):
+    def frames():
+        yield from numbered(100)
+        raise UserError("the video ends here")
+
+    with pytest.raises(UserError, match="ends here"):
+        Dataset.write_webm(tmp_path / "v.webm", frames(), 25)
+
+
 def test_a_source_slower_than_the_grid_repeats_frames(tmp_path):
     write_video(tmp_path / "v.mp4", numbered(12), 4)
     assert numbers(read_frames(tmp_path / "v.mp4", [k / 8 for k in range(10)])) == [

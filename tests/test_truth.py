@@ -7,6 +7,7 @@ import subprocess
 import sys
 import unicodedata
 import zlib
+from functools import partial
 
 import cv2
 import numpy as np
@@ -318,7 +319,8 @@ def test_a_seed_that_no_generator_takes_is_refused(capsys):
     assert "--seed" in capsys.readouterr().err
 
 
-def test_a_full_disk_leaves_no_cut_video(tmp_path):
+@pytest.mark.parametrize("write", [Dataset.write_webm, partial(Dataset.write_video, fourcc="VP80")])
+def test_a_full_disk_leaves_no_cut_video(tmp_path, write):
     """The largest size of a file stands for the disk; OpenCV's writer says nothing of it."""
     path = tmp_path / "v.webm"
     frames = np.random.default_rng(0).integers(0, 256, (40, 96, 96, 3), np.uint8)
@@ -328,7 +330,7 @@ def test_a_full_disk_leaves_no_cut_video(tmp_path):
     try:
         with pytest.raises(UserError, match=r"v\.webm can't be saved"):
             with Dataset.replacing(path) as part:
-                Dataset.write_video(part, frames, 10, "VP80")
+                write(part, frames, 10)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(tmp_path.iterdir())
