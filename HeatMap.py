@@ -50,9 +50,8 @@ import math
 import os
 import sys
 from collections import deque, namedtuple
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from itertools import chain, count, islice, product
+from itertools import chain, count, islice, product, repeat, takewhile
 from pathlib import Path
 
 import cv2
@@ -81,6 +80,7 @@ from Dataset import (
     find_spans,
     frames_at,
     grid_of,
+    in_order,
     is_video,
     middle,
     nfc,
@@ -217,16 +217,10 @@ def explain(model, clips, layers, methods, target=None):
     return maps, logits.detach()
 
 
-def ahead(items, n=2):
-    """The items, made by a thread that is up to `n` of them ahead; its errors come out here."""
-    with ThreadPoolExecutor(1) as thread:
-        waiting = deque(thread.submit(next, items, None) for _ in range(n))
-        while True:
-            item = waiting.popleft().result()
-            if item is None:
-                return
-            waiting.append(thread.submit(next, items, None))
-            yield item
+def ahead(items):
+    """The items, made by a thread that is up to two of them ahead; its errors come out here."""
+    made = in_order(lambda items: next(items, None), repeat(items), threads=1)
+    return takewhile(lambda item: item is not None, made)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from itertools import count, product
 from pathlib import Path
+from time import sleep
 
 import cv2
 import numpy as np
@@ -158,6 +159,24 @@ def test_a_webm_of_parts_has_each_frame_in_its_place_and_key_frames_to_jump_to(t
     # browsers go by the container's own list: a CueTrack for each key frame
     cues = path.read_bytes().split(bytes.fromhex("1c53bb6b"))[-1]
     assert cues.count(bytes.fromhex("f78101")) == sum(keys)
+
+
+def test_threads_compute_in_order_and_take_no_more_than_they_can_compute():
+    taken = []
+
+    def items():
+        for i in range(20):
+            taken.append(i)
+            yield i
+
+    def compute(i):
+        sleep(0.01 * (i % 3 == 0))  # so that later ones are ready first
+        return i
+
+    for n, i in enumerate(Dataset.in_order(compute, items(), 3)):
+        assert i == n
+        assert len(taken) <= n + 4
+    assert len(taken) == 20
 
 
 def test_an_error_while_a_webm_is_drawn_comes_out(tmp_path):
