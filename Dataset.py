@@ -91,8 +91,9 @@ def did_you_mean(name, names):
 
 
 def near(path):
-    """did_you_mean, for a path that is not there."""
-    return did_you_mean(path.name, [other.name for other in path.parent.glob("*")])
+    """did_you_mean, of what lies beside a path that can't be used."""
+    names = {other.name for other in path.parent.glob("*")} - {path.name}
+    return did_you_mean(path.name, names)
 
 
 def boolean(text):
@@ -167,15 +168,21 @@ def batched(items, n):
 
 
 def in_order(compute, items, threads):
-    """compute(item) of each item, by threads; only so many items are taken as can be computed."""
+    """Yield compute(item) of each item, in order, by threads; errors come out at their item.
+
+    At most threads + 1 items are taken whose results were not.
+    """
     waiting = deque()
-    with ThreadPoolExecutor(threads) as pool:
+    pool = ThreadPoolExecutor(threads)
+    try:
         for item in items:
             waiting.append(pool.submit(compute, item))
             if len(waiting) > threads:
                 yield waiting.popleft().result()
-        for future in waiting:
-            yield future.result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def share_of_node(world):
@@ -536,21 +543,24 @@ def quiet():
         os.close(stderr)
 
 
-def even(frame):
+def even_size(frame):
     """(W, H) without odd lines, for the codecs take even sides only."""
     height, width = frame.shape[:2]
     return width // 2 * 2, height // 2 * 2
 
 
 def open_writer(path, fps, fourcc, size, packets=False):
-    """cv2.VideoWriter for frames of `size` (W, H), or for packets, frames that are encoded."""
+    """cv2.VideoWriter for frames of `size` (W, H), or for packets, frames that are encoded.
+
+    OSError or UserError if the file can't be written.
+    """
     name = os.fsencode(os.path.abspath(path))
     code = cv2.VideoWriter_fourcc(*fourcc)
     options = []
-    if packets:  # which say themselves whether they are key frames: browsers need to know
+    if packets:  # each says whether it is a key frame; without an interval OpenCV marks all as such
         options = [cv2.VIDEOWRITER_PROP_RAW_VIDEO, 1, cv2.VIDEOWRITER_PROP_KEY_INTERVAL, 2**30]
     writer = cv2.VideoWriter()
-    # not always: the process has one stderr, and the demo is written by threads
+    # not always: the process has one stderr, and threads write videos
     with quiet() if Path(path).suffix.lower() == ".webm" else nullcontext():
         writer.open(name, cv2.CAP_FFMPEG, code, fps, size, options)
     if not writer.isOpened():
@@ -576,34 +586,46 @@ def write_video(path, frames, fps, fourcc="mp4v"):
     """
     writer = cv2.VideoWriter()
     for frame in frames:
-        width, height = even(frame)
+        width, height = even_size(frame)
         if not writer.isOpened():
             writer = open_writer(path, fps, fourcc, (width, height))
         writer.write(frame[:height, :width])
     close_writer(writer, path)
 
 
-def encode(frames, fps):
-    """((W, H), [(packet, whether it is a key frame)]) of frames, as of write_video, in VP8."""
-    with tempfile.TemporaryDirectory() as folder:
+def encode_vp8(frames, fps):
+    """A list of frames, as write_video takes them -> [(packet, 1.0 if it is a key frame, else 0)].
+
+    A packet is a frame as it stands in a file: uint8 (1, bytes).
+    """
+    packets = []
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         file = os.path.join(folder, "part.avi")
         write_video(file, frames, fps, "VP80")
-        capture = cv2.VideoCapture(file, cv2.CAP_FFMPEG, [cv2.CAP_PROP_FORMAT, -1])
-        packets = []
+        capture = cv2.VideoCapture(os.fsencode(file), cv2.CAP_FFMPEG, [cv2.CAP_PROP_FORMAT, -1])
         while capture.grab():
             is_key = capture.get(cv2.CAP_PROP_LRF_HAS_KEY_FRAME)
             packets.append((capture.retrieve()[1], is_key))
         capture.release()
-    return even(frames[0]), packets
+    if len(packets) != len(frames):
+        raise UserError(f"{folder}, the place for temporary files, can't be read")
+    return packets
 
 
 def write_webm(path, frames, fps):
-    """write_video in VP8, which OpenCV encodes in one thread: here in parts, one on each core."""
-    writer = cv2.VideoWriter()
-    parts = batched(frames, 24)  # two of the groups that OpenCV begins with a key frame
-    for size, packets in in_order(partial(encode, fps=fps), parts, min(4, cores())):
-        if not writer.isOpened():
-            writer = open_writer(path, fps, "VP80", size, packets=True)
+    """write_video in VP8, which OpenCV encodes in one thread: here in parts, by up to four.
+
+    Their frames take 1 GB at most, where that holds 12. OSError or UserError as in write_video.
+    """
+    frames = iter(frames)
+    first = next(frames, None)
+    if first is None:
+        raise UserError(f"{path} would hold no frame")
+    n = 12  # with as many OpenCV begins a new key frame
+    threads = min(4, cores(), max(1, 1_000_000_000 // (n * first.nbytes)))
+    parts = batched(chain([first], frames), n)
+    writer = open_writer(path, fps, "VP80", even_size(first), packets=True)
+    for packets in in_order(partial(encode_vp8, fps=fps), parts, threads):
         for packet, is_key in packets:
             writer.set(cv2.VIDEOWRITER_PROP_KEY_FLAG, is_key)
             writer.write(packet)

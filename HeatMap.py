@@ -51,7 +51,7 @@ import os
 import sys
 from collections import deque, namedtuple
 from contextlib import contextmanager, suppress
-from itertools import chain, count, islice, product, repeat, takewhile
+from itertools import count, islice, product, repeat, takewhile
 from pathlib import Path
 
 import cv2
@@ -218,8 +218,8 @@ def explain(model, clips, layers, methods, target=None):
 
 
 def ahead(items):
-    """The items, made by a thread that is up to two of them ahead; its errors come out here."""
-    made = in_order(lambda items: next(items, None), repeat(items), threads=1)
+    """The items, each made by a thread while the one before is used; its errors come out here."""
+    made = in_order(lambda _: next(items, None), repeat(None), threads=1)
     return takewhile(lambda item: item is not None, made)
 
 
@@ -790,7 +790,7 @@ def draw(video, found, size, classes, small=False):
 def render(path, output, found, size, classes, full=False):
     """Write the video with its heat, encoded beside the drawing, and a film strip of it as PNG."""
     video = open_video(path)
-    # VP8 is slow to encode
+    # VP8 is slow: at full size its encoding takes longer than the video
     small = output.suffix.lower() == ".webm" and not full
     drawings = ahead(draw(video, found, size, classes, small))
     begin, end = found.times[[0, -1]]
@@ -882,10 +882,13 @@ def choose_layers(text, model, clip):
     "last" and "sharp" stand in the strip together; for others it shows what was asked for.
     """
     layers = stage_names(model)
-    named = {layer: [layer] for layer in layers}
-    named |= {"last": layers[-1:], "sharp": [sharp_layer(model, clip)], "all": layers}
-    chosen = [choose(name, [*named], "layer") for name in text.split(",")]
-    asked = list(chain.from_iterable([*named.values()][i] for i in chosen))
+    named = {"last": layers[-1:], "sharp": [sharp_layer(model, clip)], "all": layers}
+    asked = []
+    for name in text.split(","):
+        names = layers if name.isdecimal() else [*layers, *named]
+        name = names[choose(name, names, "layer")]
+        asked += named.get(name, [name])
+    asked = list(dict.fromkeys(asked))
     if text not in ("last", "sharp"):
         return asked, []
     return asked, [layer for layer in named["last"] + named["sharp"] if layer not in asked]

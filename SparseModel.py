@@ -473,8 +473,8 @@ def keep_freed_memory():
 def trim_memory():
     """Give the system back what is free now, on Linux; it takes 30 ms for 1 GB.
 
-    After `keep_freed_memory` the heap grows while tensors come and go, for small ones settle in the
-    gaps of large ones: by 3 MB a second of 720p in HeatMap.py, and without end.
+    After `keep_freed_memory` the heap may grow while tensors come and go, as small ones settle in
+    the gaps of large ones: in HeatMap.py by 3 MB a second of 720p. In Trainer.py it does not grow.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
@@ -485,9 +485,10 @@ class FastConv3d(nn.Conv3d):
 
     One is the backward of depthwise layers. The other is a batch of one clip, or a single thread,
     as torchrun starts it, for which torch leaves oneDNN for its plain kernel: a pointwise layer is
-    then a matrix product, or oneDNN's own call where no gradient is asked for, and the stem of one
-    clip a 2D convolution over frames stacked with their neighbours (a step at 1x3x16x400x300 takes
-    0.68 s instead of 1.04; on one thread a step at 4x3x16x192x144 1.1 to 1.6 s instead of 3.2).
+    then a matrix product, and the stem of one clip a 2D convolution over frames stacked with their
+    neighbours (a step at 1x3x16x400x300 takes 0.68 s instead of 1.04; on one thread a step at
+    4x3x16x192x144 1.1 to 1.6 s instead of 3.2). Where no gradient is asked for, a pointwise layer
+    is always oneDNN's own call.
 
     The properties say for which layers each way holds; all others are the library's.
     """
@@ -640,13 +641,15 @@ def is_plain_inference(x):
     """Whether no gradient is asked for, and oneDNN can compute with x, a float32 on the CPU."""
     if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32:
         return False
-    return torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return torch.backends.mkldnn.is_available()
 
 
 def one_pass(x, conv, activation="none", limits=()):
-    """An activation of a convolution in one pass over memory, by oneDNN as torch.compile calls it.
+    """A convolution and its activation in one pass over memory, by oneDNN as torch.compile does it.
 
-    It has no gradient.
+    It has no gradient. limits: what the activation takes, as the two ends of "hardtanh".
     """
     geometry = conv.padding, conv.stride, conv.dilation, conv.groups
     fused = torch.ops.mkldnn._convolution_pointwise

@@ -91,7 +91,8 @@ def seconds(function, device, clock):
 def in_turn(functions, rounds, device="cpu", clock=time.perf_counter, rest=0.0):
     """{name: seconds of each round}; one after the other in each round, after one to warm up.
 
-    rest: seconds before each, and one more to warm up: the threads of some others spin on.
+    rest: seconds to wait before each, for threads of other runtimes spin on; then one call to warm
+    up.
     """
     times = {name: [] for name in functions}
     for _ in range(rounds + 1):
@@ -224,7 +225,8 @@ def runtimes(args):
     keep_freed_memory()
     print(f"{torch.get_num_threads()} threads, n = {args.rounds}")
     columns = "ours", "OpenVINO", "ONNX Runtime"
-    table("16 frames, HxW, batch", *columns, "to ours", "to ours", "largest difference")
+    ratios = "ours / OpenVINO", "ONNX Runtime / ours"
+    table("16 frames, HxW, batch", *columns, *ratios, "largest difference")
     for (height, width), batch in product([(400, 300), (128, 128)], [1, 4]):
         clips = torch.randn(batch, 3, 16, height, width)
         usual = plain().eval().requires_grad_(False)
@@ -239,7 +241,8 @@ def runtimes(args):
             expected = ours(clips)
         differences = [abs(expected - torch.from_numpy(call())).max() for call in others.values()]
         cells = [spread(spent, batch) for spent in times.values()]
-        ratios = [ratio(times[name], times["ours"]) for name in others]
+        openvino, onnx = (times[name] for name in others)
+        ratios = ratio(times["ours"], openvino), ratio(onnx, times["ours"])
         row(f"{height}x{width}, {batch}", *cells, *ratios, f"{max(differences):.1e}")
 
 

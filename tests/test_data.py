@@ -11,7 +11,9 @@ import subprocess
 import sys
 from itertools import count, product
 from pathlib import Path
+from threading import Barrier
 from time import sleep
+from unittest.mock import Mock
 
 import cv2
 import numpy as np
@@ -141,7 +143,7 @@ def test_a_clip_deep_in_a_file_is_exact(tmp_path, name, fourcc):
     assert numbers(read_frames(tmp_path / name, times)) == [math.ceil(t * 25 - 1e-2) for t in times]
 
 
-@pytest.mark.parametrize("n", [1, 24, 25, 200])
+@pytest.mark.parametrize("n", [1, 12, 13, 200])
 def test_a_webm_of_parts_has_each_frame_in_its_place_and_key_frames_to_jump_to(tmp_path, n):
     path = tmp_path / "v.webm"
     Dataset.write_webm(path, iter(numbered(n, 49, 97)), 25)
@@ -155,28 +157,53 @@ def test_a_webm_of_parts_has_each_frame_in_its_place_and_key_frames_to_jump_to(t
         assert flag == (header & 1 == 0)  # RFC 6386, 9.1
         keys.append(flag)
     assert len(keys) == n
-    assert all(keys[::24])
+    assert all(keys[::12])
     # browsers go by the container's own list: a CueTrack for each key frame
     cues = path.read_bytes().split(bytes.fromhex("1c53bb6b"))[-1]
     assert cues.count(bytes.fromhex("f78101")) == sum(keys)
 
 
-def test_threads_compute_in_order_and_take_no_more_than_they_can_compute():
+def test_threads_compute_side_by_side_in_order_and_take_few_items():
     taken = []
+    together = Barrier(3)
 
     def items():
-        for i in range(20):
+        for i in range(21):
             taken.append(i)
             yield i
 
     def compute(i):
+        together.wait(20)  # for two others
         sleep(0.01 * (i % 3 == 0))  # so that later ones are ready first
         return i
 
     for n, i in enumerate(Dataset.in_order(compute, items(), 3)):
         assert i == n
         assert len(taken) <= n + 4
-    assert len(taken) == 20
+    assert len(taken) == 21
+
+
+def test_an_error_in_a_thread_comes_out_at_its_item():
+    computed = []
+
+    def compute(i):
+        computed.append(i)
+        if i == 2:
+            raise UserError("the third")
+        return i
+
+    results = Dataset.in_order(compute, count(), 2)
+    assert [next(results), next(results)] == [0, 1]
+    with pytest.raises(UserError, match="the third"):
+        next(results)
+    assert len(computed) <= 5
+
+
+def test_a_part_that_cannot_be_read_back_is_no_gap_in_the_video(tmp_path, monkeypatch):
+    capture = Mock(**{"grab.return_value": False})
+    monkeypatch.setattr(Dataset.cv2, "VideoCapture", lambda *_: capture)
+    with pytest.raises(UserError, match="temporary files"):
+        Dataset.write_webm(tmp_path / "v.webm", iter(numbered(30)), 25)
 
 
 def test_an_error_while_a_webm_is_drawn_comes_out(tmp_path):

@@ -938,6 +938,36 @@ def test_convolutions_of_one_clip_or_on_one_thread_equal_the_library(
 # --------------------------------------------------------------------------------- fused inference
 
 
+def test_each_convolution_of_a_folded_network_is_one_call_of_onednn(monkeypatch):
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("no oneDNN")
+    calls = []
+
+    def spy(x, conv, *activation):
+        calls.append(conv)
+        return one_pass(x, conv, *activation)
+
+    model = module.fold_batch_norm(lively("mobilenet_v2_3d"))
+    one_pass = module.one_pass
+    monkeypatch.setattr(module, "one_pass", spy)
+    clips = torch.randn(2, 3, 4, 48, 32)
+    with torch.no_grad():
+        model(clips)
+    assert calls == [layer for layer in model.modules() if isinstance(layer, nn.Conv3d)]
+    calls.clear()
+    model(clips.requires_grad_())
+    assert not calls
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_network_can_be_traced_as_for_other_runtimes():
+    model = lively("mobilenet_v2_3d")
+    clips = torch.randn(1, 3, 4, 48, 32)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, clips)
+        torch.testing.assert_close(traced(clips), model(clips), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("batch", "threads"), [(1, 1), (3, 2)], indirect=["threads"])
 def test_a_folded_network_gives_the_logits_of_the_network(batch, threads):
     clips = torch.randn(batch, 3, 4, 48, 32, generator=torch.Generator().manual_seed(0))

@@ -323,10 +323,11 @@ def test_a_seed_that_no_generator_takes_is_refused(capsys):
 def test_a_full_disk_leaves_no_cut_video(tmp_path, write):
     """The largest size of a file stands for the disk; OpenCV's writer says nothing of it."""
     path = tmp_path / "v.webm"
-    frames = np.random.default_rng(0).integers(0, 256, (40, 96, 96, 3), np.uint8)
+    frames = np.random.default_rng(0).integers(0, 256, (200, 96, 96, 3), np.uint8)
     resource = pytest.importorskip("resource")  # Windows has none
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
+    # the whole takes 507 kB, a part of it 33
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, limits[1]))
     try:
         with pytest.raises(UserError, match=r"v\.webm can't be saved"):
             with Dataset.replacing(path) as part:
