@@ -959,7 +959,7 @@ def test_each_convolution_of_a_folded_network_is_one_call_of_onednn(monkeypatch)
     assert not calls
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::FutureWarning")
 def test_a_network_can_be_traced_as_for_other_runtimes():
     model = lively("mobilenet_v2_3d")
     clips = torch.randn(1, 3, 4, 48, 32)
