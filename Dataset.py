@@ -297,9 +297,12 @@ def run_script(main, name, stopped):
     """Call main() and exit: 2 and one sentence for a UserError, 130 and one for Ctrl-C.
 
     The sentence for Ctrl-C is that of main's KeyboardInterrupt, else `stopped`. SIGTERM, which
-    clusters and containers send before they kill, is taken for Ctrl-C.
+    clusters and containers send before they kill, and SIGHUP, of a terminal that is closed, are
+    taken for Ctrl-C.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # no nohup
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
     # a console may lack the letters of a name; a file or a pipe should show each line at once
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     sentence = None
@@ -1080,9 +1083,13 @@ def windows(labels, times, clip, least=0.6):
 
 
 def is_video(path):
-    """By its name, if it is a file; not hidden ones, which macOS adds, and no heat-map."""
+    """By its name, if it is a file; not hidden ones, which macOS adds, and no heat-map.
+
+    Nor is what a kill left of one, see `replacing`.
+    """
     named = path.suffix.lower() in CONTAINERS and not path.name.startswith(".")
-    return named and not path.stem.endswith(("_gradcam", "_hirescam")) and path.is_file()
+    ours = path.stem.endswith(("_gradcam", "_hirescam", ".part"))
+    return named and not ours and path.is_file()
 
 
 def video_files(root, pattern):

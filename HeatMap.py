@@ -75,6 +75,7 @@ from Dataset import (
     best_path,
     boolean,
     cores,
+    did_you_mean,
     drawable,
     film,
     find_spans,
@@ -83,6 +84,7 @@ from Dataset import (
     in_order,
     is_video,
     middle,
+    near,
     nfc,
     replacing,
     resize,
@@ -796,17 +798,22 @@ def render(path, output, found, size, classes, full=False):
     begin, end = found.times[[0, -1]]
     due = begin + (end - begin) * np.linspace(0.05, 0.925, 8)
     moments = []
+    off = 0.0  # seconds that a frame is shown too early or too late
 
     def pictures():
+        nonlocal off
         n = max(0, int(video.cap.get(cv2.CAP_PROP_FRAME_COUNT)))
         bar = tqdm(drawings, "write", n, leave=False, unit="frame")
-        for time, picture, panels in bar:
+        for i, (time, picture, panels) in enumerate(bar):
+            off = max(off, abs(time - video.start - i / found.fps))
             if len(moments) < 8 and time >= due[len(moments)]:
                 moments.append((time, panels))
             yield picture
 
     with replacing(output) as part:
         WRITERS[output.suffix.lower()](part, pictures(), found.fps)
+    if off > 0.2:
+        print(f"note       the frames come at uneven times, in {output} up to {off:.1f} s off")
     times, panels = zip(*moments, strict=True)
     names = dict.fromkeys(classes[span.label] for span in found.spans)
     texts = [f"predicted: {', '.join(names)}"]
@@ -849,13 +856,14 @@ def parse_args():
 
 def choose(name, names, what):
     """Index of `name` in `names`; a number is taken as the index. UserError with all names."""
-    name = nfc(name)
+    name = nfc(name.strip())
     same = [*map(nfc, names)]
     if name in same:
         return same.index(name)
     if name.isdecimal() and int(name) < len(names):
         return int(name)
-    raise UserError(f"there is no {what} {name!r}: choose one of {', '.join(names)}")
+    meant = did_you_mean(name, names)
+    raise UserError(f"there is no {what} {name!r}{meant}: choose one of {', '.join(names)}")
 
 
 def sharp_layer(model, clip):
@@ -901,6 +909,8 @@ def find_jobs(paths, output, end):
     """
     jobs = {}
     for path in paths:
+        if not path.exists():
+            raise UserError(f"{path} does not exist{near(path)}")
         videos = [path]
         root = path.parent
         if path.is_dir():
@@ -950,7 +960,8 @@ def ask(args):
         model, checkpoint = load_checkpoint(path)
         model = fold_batch_norm(model).to(pick_device(args.device))
     except (OSError, ValueError) as error:
-        raise UserError(str(error)) from error
+        meant = "" if path.exists() else near(path)
+        raise UserError(f"{error}{meant}") from error
     classes = checkpoint["classes"]
     clip = ClipFormat(checkpoint["size"], checkpoint["clip_len"], checkpoint["clip_fps"])
     stride = args.stride
@@ -959,9 +970,12 @@ def ask(args):
     if not 1 <= stride <= clip.length:
         raise UserError(f"--stride {stride} is not between 1 and {clip.length}, a clip's length")
     methods = [METHODS[choose(name, METHODS, "method")] for name in args.method.split(",")]
+    methods = list(dict.fromkeys(methods))
     layers, strip = [], []
     if not args.no_heat:
         layers, strip = choose_layers(args.layer, model, clip)
+    if args.layer == "sharp" and not strip:
+        print(f"sharp      at clips of {clip.size[0]}x{clip.size[1]} this is the last layer itself")
     target = None
     if args.target_class:
         target = choose(args.target_class, classes, "class")
@@ -974,12 +988,16 @@ def ask(args):
     return Question(model, clip, classes, layers, methods, target, stride, threshold, strip)
 
 
-def write_tables(found, classes, results):
-    """Print the spans, at most 30, and write both tables; returns the rows of the first."""
+def print_spans(found, classes, results):
+    """Print the spans, at most 30."""
     for span in found.spans[:30]:
         print(f"{clock(span.start)} to {clock(span.end)} {answer(span, classes)}")
     if len(found.spans) > 30:
         print(f"and {len(found.spans) - 30} more, in {results.spans}")
+
+
+def write_tables(found, classes, results):
+    """Write the tables of spans and of windows; returns the rows of the first."""
     rows = [span._replace(label=classes[span.label]) for span in found.spans]
     write_csv(results.spans, [("start", "end", "class", "probability"), *rows])
     table = np.column_stack([found.moments, found.scores]).tolist()
@@ -1002,8 +1020,8 @@ def write_maps(path, found, name):
         np.savez(part, times=found.times, **maps)
 
 
-def check_maps(video, table, found, question):
-    """Print whether to believe the maps of a video, and write the table."""
+def check_maps(video, found, question):
+    """Print whether to believe the maps of a video; returns the rows of the table."""
     model, layers, methods = question.model, question.layers, question.methods
     # the tests of the maps ask about one class
     target = np.bincount(found.targets).argmax()
@@ -1022,7 +1040,7 @@ def check_maps(video, table, found, question):
     for line in lines:
         print(*verdicts(line, question.classes[second]), sep="\n")
     rows = [(question.classes[target], *line) for line in lines]
-    write_csv(table, [("class", *CheckLine._fields), *rows])
+    return [("class", *CheckLine._fields), *rows]
 
 
 def check_moments(video, found, question):
@@ -1045,6 +1063,28 @@ Results = namedtuple("Results", "video strip maps check spans windows band")
 ENDINGS = (".png", ".npz", "_check.csv", "_spans.csv", "_windows.csv", "_spans.png")
 
 
+def write_heat(video, found, question, results, args):
+    """Print what the maps hold; write the video and its strip, with --check and --npy their files.
+
+    Returns the files.
+    """
+    written = [results.video, results.strip]
+    name = subject(found, question.classes)
+    print(*ranges(found, name), sep="\n")
+    if args.check:
+        table = check_maps(video, found, question)
+        found = check_moments(video, found, question)
+    classes = drawable(question.classes)
+    render(video, results.video, found, question.clip.size, classes, args.full_size)
+    if args.check:
+        write_csv(results.check, table)
+        written.append(results.check)
+    if args.npy:
+        write_maps(results.maps, found, name)
+        written.append(results.maps)
+    return written
+
+
 def explain_file(video, output, question, args):
     """Explain one video and write the results; none of them if one exists and isn't `force`d.
 
@@ -1052,38 +1092,36 @@ def explain_file(video, output, question, args):
     """
     tables = [output.with_name(output.stem + end) for end in ENDINGS]
     results = Results(output, *tables)
-    paths = results[4:] if args.no_heat else results[:-1]
-    for path in paths:
-        if path.resolve() == video.resolve() or (path.exists() and not args.force):
+    for path in results[4:] if args.no_heat else results[:-1]:
+        if path.resolve() == video.resolve():
+            raise UserError(f"{path} is the video itself: give --output another name")
+        if path.exists() and not args.force:
             raise UserError(f"{path} exists: give --output another name, or overwrite with --force")
 
-    classes = question.classes
     found = explain_video(video, question)
     print(f"{video}: {len(found.scores)} windows")
-    rows = write_tables(found, classes, results)
+    print_spans(found, question.classes, results)
     if args.no_heat:
-        write_band(results.band, str(video), found, classes)
-        print("written", *paths)
-        return rows
-    name = subject(found, classes)
-    print(*ranges(found, name), sep="\n")
-    if args.check:
-        check_maps(video, results.check, found, question)
-        found = check_moments(video, found, question)
-    render(video, output, found, question.clip.size, drawable(classes), args.full_size)
-    if args.npy:
-        write_maps(results.maps, found, name)
-    print("written", *(path for path in paths if path.exists()))
+        written = [results.band]
+        write_band(results.band, str(video), found, question.classes)
+    else:
+        written = write_heat(video, found, question, results, args)
+    # last, so that a run that was stopped leaves nothing in the way of the next
+    rows = write_tables(found, question.classes, results)
+    print("written", *written, results.spans, results.windows)
     return rows
 
 
 def main():
     args = parse_args()
     keep_freed_memory()
-    output = args.output or Path()
-    end = "" if args.no_heat else f"_{args.method.replace(',', '_')}"
-    jobs = find_jobs(args.video, output, end)
     question = ask(args)
+    output = args.output or Path()
+    end = ""
+    if not args.no_heat:
+        named = [args.method] if args.layer == "last" else [args.layer, args.method]
+        end = "_" + "_".join(named).replace(",", "_").replace(" ", "")
+    jobs = find_jobs(args.video, output, end)
     # maps of a GPU are those of the CPU; with TF32 products have 3 digits
     torch.backends.cudnn.allow_tf32 = False
     every = output / "predictions.csv"

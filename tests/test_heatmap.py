@@ -941,6 +941,47 @@ def test_default_output_is_kept_unless_forced(tmp_path, video, checkpoints, heat
     assert read_video("clip_gradcam.webm")[0].shape[0] == 39
 
 
+def test_what_was_stopped_leaves_nothing_in_the_way(
+    tmp_path, video, checkpoints, heatmap, monkeypatch
+):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    before = set(tmp_path.iterdir())
+    args = [video, "--checkpoint", checkpoints[NETWORKS[0]], "--output", tmp_path, "--check"]
+    with monkeypatch.context() as patch:
+        patch.setattr("Dataset.write_webm", stop)
+        code, _, stderr = heatmap(*args)
+    assert code == 130, stderr
+    assert set(tmp_path.iterdir()) == before
+    code, stdout, stderr = heatmap(*args)
+    assert code == 0, stderr
+    assert "clip_hirescam_check.csv" in stdout.splitlines()[-1]
+    # of another map than the table of the check, which is left alone, but not said to be new
+    code, stdout, stderr = heatmap(*args[:-1], "--force")
+    assert code == 0, stderr
+    assert "clip_hirescam_check.csv" not in stdout
+
+
+def test_the_layer_is_in_the_name_so_that_maps_can_lie_side_by_side(
+    tmp_path, video, checkpoints, heatmap
+):
+    args = [video, "--checkpoint", checkpoints[NETWORKS[0]], "--output", tmp_path]
+    code, stdout, stderr = heatmap(*args, "--layer", "last, features.4", "--stride", "16")
+    assert code == 0, stderr
+    assert (tmp_path / "clip_last_features.4_hirescam.webm").exists()
+
+
+def test_uneven_times_are_said(tmp_path, capsys):
+    write_video(tmp_path / "v.avi", np.full((16, 64, 48, 3), 90, np.uint8), 16, "MJPG")
+    found = find_blue(tmp_path / "v.avi")
+    render(tmp_path / "v.avi", tmp_path / "even.mp4", found, SEES.size, COLOURS)
+    assert "uneven" not in capsys.readouterr().out
+    found = found._replace(fps=8.0)  # so the last of 16 frames is shown after 15/8 s, not 15/16
+    render(tmp_path / "v.avi", tmp_path / "slow.mp4", found, SEES.size, COLOURS)
+    assert "slow.mp4 up to 0.9 s off" in capsys.readouterr().out
+
+
 def test_the_tables_are_an_independent_reading_of_the_windows(
     tmp_path, video, checkpoints, heatmap
 ):
@@ -1193,7 +1234,7 @@ def damaged(folder, checkpoints, kind):
         ("--stride", "0", ["--stride 0"]),
         ("--output", "out.xyz", ["out.xyz", ".webm", ".mp4"]),
         ("--output", "missing/out.mp4", ["missing"]),
-        ("--output", "clip.mp4", ["clip.mp4"]),  # the source itself
+        ("--output", "clip.mp4", ["clip.mp4 is the video itself"]),
         ("--device", "abacus", ["abacus"]),
     ],
 )
@@ -1203,6 +1244,7 @@ def test_error_is_one_sentence_and_leaves_nothing_behind(
 ):
     (tmp_path / "text.mp4").write_text("these are words\n" * 99)
     (tmp_path / "empty.mp4").touch()
+    (tmp_path / "photo.JPG").touch()
     (tmp_path / "nothing").mkdir()
     args = {
         "--video": tmp_path / "clip.mp4",

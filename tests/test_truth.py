@@ -362,7 +362,7 @@ def test_a_checkpoint_folder_that_may_not_be_written_is_said_before_training(tmp
 
 
 def test_heatmap_takes_no_results_and_no_hidden_files(tmp_path):
-    fill(tmp_path, "a.mp4", "._a.mp4", "a_hirescam.mp4", ".trash/b.mp4", "c/d.mp4")
+    fill(tmp_path, "a.mp4", "._a.mp4", "a_hirescam.mp4", "a.part.mp4", ".trash/b.mp4", "c/d.mp4")
     jobs = HeatMap.find_jobs([tmp_path], tmp_path, "_gradcam")
     assert sorted(video.name for video in jobs.values()) == ["a.mp4", "d.mp4"]
 
