@@ -454,8 +454,10 @@ def start_model(args, data):
     train = video_names(data, data.train_set)
     val = video_names(data, data.val_set)
     checkpoint["split"] = {"train": train, "val": val, "bytes": data.sizes}
-    place = weights_file(args.model) if args.weights in DATA_SETS else args.weights
-    with user_errors(f"--weights {args.weights}: put it at {place}, or use --weights none: "):
+    remedy = "name another file"
+    if args.weights in DATA_SETS:
+        remedy = f"put it at {weights_file(args.model)}"
+    with user_errors(f"--weights {args.weights}: {remedy}, or use --weights none: "):
         try:
             checkpoint["weights"] = load_weights(model, args.weights, args.debug)
         except OSError:
