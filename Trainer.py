@@ -906,6 +906,8 @@ def check_room(accuracy, how):
 
 GO_ON = """\
 from       {file} after epoch {epoch}, until {epochs}, by which the learning rate falls"""
+ENDED = """\
+ended      {file} has all of its {epoch} epochs: a higher --epochs trains on"""
 EPOCH = (
     "epoch {epoch}: loss {train_loss:.3f}, validation {val_loss:.3f}; right {train_top1:.0%} of "
     "clips, validation {val_video_top1:.0%} of videos, {val_video_mean_class:.1%} per class; "
@@ -1271,7 +1273,8 @@ def main(argv=None):
     elif not args.evaluate:
         with processes.together():
             check_data(args, data, checkpoint)
-        processes.say(GO_ON.format(file=source(args), **checkpoint | vars(args)))
+        sentence = GO_ON if checkpoint["epoch"] < args.epochs else ENDED
+        processes.say(sentence.format(file=source(args), **checkpoint | vars(args)))
     processes.agree(
         weights=is_trained(checkpoint),
         epoch=checkpoint["epoch"],

@@ -765,6 +765,8 @@ def test_a_resumed_run_keeps_what_it_was_begun_with_and_says_so(folder, tmp_path
     for kept in ("model mobilenet_v2_3d", "size (32, 48)", "batch_size 4", "seed 0"):
         assert f"kept       {kept}, which can't be changed any more" in said
     assert "untrained" not in said
+    train("--resume", "--checkpoint-dir", out, "--workers", "0")
+    assert "last.pt has all of its 2 epochs" in capsys.readouterr().out
     checkpoint = load(out / "last.pt")
     assert checkpoint["model_name"] == "mobilenet_v2_3d"
     assert checkpoint["model_args"]["width_mult"] == 0.5
