@@ -974,8 +974,9 @@ def ask(args):
     layers, strip = [], []
     if not args.no_heat:
         layers, strip = choose_layers(args.layer, model, clip)
-    if args.layer == "sharp" and not strip:
-        print(f"sharp      at clips of {clip.size[0]}x{clip.size[1]} this is the last layer itself")
+        if args.layer == "sharp" and not strip:
+            width, height = clip.size
+            print(f"sharp      for clips of {width}x{height} this is the last layer itself")
     target = None
     if args.target_class:
         target = choose(args.target_class, classes, "class")
