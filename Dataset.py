@@ -377,7 +377,7 @@ class VideoReader:
         self.threads = threads
         self.shape = None
         if not self.path.is_file():
-            raise UserError(f"{path} does not exist or is not a file{near(self.path)}")
+            raise UserError(f"{path} does not exist or is not a file")
         self.way = way
         if not way and is_interlaced(self.path):
             self.way = DEINTERLACED

@@ -969,8 +969,8 @@ def ask(args):
         stride = max(1, clip.length // 2)
     if not 1 <= stride <= clip.length:
         raise UserError(f"--stride {stride} is not between 1 and {clip.length}, a clip's length")
-    methods = [METHODS[choose(name, METHODS, "method")] for name in args.method.split(",")]
-    methods = list(dict.fromkeys(methods))
+    chosen = [choose(name, METHODS, "method") for name in args.method.split(",")]
+    methods = [METHODS[i] for i in dict.fromkeys(chosen)]
     layers, strip = [], []
     if not args.no_heat:
         layers, strip = choose_layers(args.layer, model, clip)

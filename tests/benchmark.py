@@ -91,8 +91,7 @@ def seconds(function, device, clock):
 def in_turn(functions, rounds, device="cpu", clock=time.perf_counter, rest=0.0):
     """{name: seconds of each round}; one after the other in each round, after one to warm up.
 
-    rest: seconds to wait before each, for threads of other runtimes spin on; then one call to warm
-    up.
+    rest: seconds to wait before each, as threads of other runtimes spin on; then one to warm up.
     """
     times = {name: [] for name in functions}
     for _ in range(rounds + 1):
